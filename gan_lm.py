@@ -1,0 +1,599 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.2", "numpy", "tqdm"]
+# ///
+"""Do GANs help language models?  One file that answers by measurement.
+
+A small GPT is trained by likelihood, as every language model is: on a large messy corpus (MLE),
+then on a small curated one (SFT).  Then comes the phase under test: a discriminator D learns to
+tell curated sentences from the model's own, and policy gradient moves the model to where it cannot.
+The text comes from a known grammar: how far each model is from the truth is computed, not guessed
+by a metric.  The cheap rivals, a lower temperature and more likelihood training, run along.
+
+Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts and the critic (D judges every prefix, so
+each token has its own reward), reward scaling, a D from scratch (it starts as a copy of the model).
+Added: an anchor, the KL to the model that D was trained against.  Freeze D, and this is RLHF.
+
+Map: 1 configuration  2 data  3 generator  4 discriminators  5 objectives  6 training  7 measurement
+     8 main.     Shapes: B batch, T time, C channels, V vocabulary.
+"""
+import argparse, json, math, os, random, sys, time  # noqa: E401
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import trange
+from tiny_data.language import Grammar, UserError, fail, read, read_lines, tokens_of
+
+TINY = Path(__file__).resolve().parent / "tiny_data"
+END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
+
+
+# ---- 1 configuration: each field is a flag of the same name --------------------------------------
+def flag(default, text, ok=None):  # ok: a list of choices or a tuple (lowest, highest)
+    return field(default=default, metadata=dict(text=text, ok=ok))
+
+
+PRESETS = {"nano": (1, 1, 64), "tiny": (2, 2, 64), "small": (4, 4, 64),  # layers, heads, context
+           "medium": (8, 16, 64), "large": (12, 24, 256)}
+
+
+@dataclass
+class Config:
+    """Everything a run depends on.  The defaults are the run that the README shows."""
+    preset: str = flag("tiny", "size of the models", [*PRESETS])
+    data: str = flag("", "text to pretrain on, a sequence a line; none: tiny_data/messy.txt")
+    curated: str = flag("", "text to sharpen towards; none: --data, or tiny_data/curated.txt")
+    grammar: str = flag("", "grammar of --curated; none: none, or tiny_data/grammar.txt")
+    level: str = flag("word", "what a token is", ["word", "char"])
+    out: str = flag("out", "folder for model.pt, report.json, samples.txt and frontier.png")
+    resume: bool = flag(False, "go on with the run in --out after its last finished phase")
+    seed: int = flag(0, "same seed, same machine: same numbers", (0, 10**6))
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "or cuda:1, mps, ...")
+    context: int = flag(0, "longest sequence in tokens, the rest is cut; 0: as preset", (0, 4096))
+    batch_size: int = flag(64, "sequences a step; GAN steps take four such batches", (2, 10**6))
+    pretrain_steps: int = flag(4000, "MLE steps; 0: the GAN starts from scratch", (0, 10**9))
+    lr: float = flag(4e-3, "peak learning rate of MLE; an eighth for SFT", (0, 1))
+    sft_steps: int = flag(600, "SFT steps on --curated", (0, 10**9))
+    disc: str = flag("lm", "D starts as the LM, from scratch, or a CNN", ["lm", "scratch", "cnn"])
+    d_loss: str = flag("bce", "the GAN's loss or the reward model's", ["bce", "pairwise"])
+    d_steps: int = flag(300, "discriminator steps a round", (1, 10**9))
+    rounds: int = flag(1, "turns of discriminator and generator; 0: no GAN", (0, 1000))
+    g_steps: int = flag(300, "policy-gradient steps a round", (1, 10**9))
+    gan_lr: float = flag(3e-3, "peak learning rate of both", (0, 1))
+    reward: str = flag("logit", "log D/(1-D), D, or D/(1-D)", ["logit", "prob", "ratio"])
+    kl_coef: float = flag(1.0, "weight of the anchor; 1 is what the GAN says", (0, 1000))
+    lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", (0, 1))
+    temperatures: tuple = flag((1.0, 0.9, 0.8, 0.7), "to measure each model at", (0.01, 100))
+    eval_samples: int = flag(2000, "samples a side for each figure", (10, 10**7))
+    samples: int = flag(0, "only print this many samples of the model in --out", (0, 10**7))
+    prompt: str = flag("", "how each of --samples begins")
+    temperature: float = flag(1.0, "of --samples and of samples.txt", (0.01, 100))
+
+
+def parse(argv=None):
+    """Command line -> Config.  Names the flag at fault and what it accepts."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    for f in fields(Config):
+        kind, ok = type(f.default), f.metadata["ok"]
+        how = dict(type=kind, choices=ok if isinstance(ok, list) else None)
+        how = {bool: dict(action="store_true"), tuple: dict(type=float, nargs="+")}.get(kind, how)
+        parser.add_argument("--" + f.name, default=f.default, help=f.metadata["text"], **how)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for f in fields(Config):
+        value, ok = getattr(cfg, f.name), f.metadata["ok"]
+        if isinstance(ok, tuple) and not all(ok[0] <= v <= ok[1] for v in np.atleast_1d(value)):
+            fail(f"argument --{f.name}: {value}: expected {ok[0]} to {ok[1]}")
+    cfg.context = cfg.context or PRESETS[cfg.preset][2]
+    return cfg
+
+
+# ---- 2 data: lines of text <-> (N, T+1) token ids ------------------------------------------------
+def to_ids(lines, symbols, cfg):
+    """N lines -> (N, context + 1) ids, each row END, the tokens, END...; longer lines are cut."""
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    rows = [[END, *(ids[t] for t in tokens_of(s, cfg.level)), *[END] * cfg.context] for s in lines]
+    return torch.tensor([row[:cfg.context + 1] for row in rows], device=cfg.device)
+
+
+def to_lines(x, symbols):
+    """(N, T+1) ids -> N lines."""
+    rows = (row[:(row + [END]).index(END)] for row in x[:, 1:].tolist())
+    return ["".join(symbols[i] for i in row).strip() for row in rows]
+
+
+class Data:
+    """Both texts as ids: [train, val, test], 80/10/10 %; no held-out line is in any train."""
+
+    def __init__(self, cfg):
+        grammar = cfg.grammar or ("" if cfg.data else TINY / "grammar.txt")
+        self.grammar = Grammar(read(grammar), grammar) if grammar else None
+        texts, self.seen = [], set()
+        paths = cfg.data or TINY / "messy.txt", cfg.curated or cfg.data or TINY / "curated.txt"
+        for lines in map(read_lines, paths):
+            random.Random(cfg.seed).shuffle(lines)
+            n = len(lines) // 10
+            texts.append([lines[2 * n:], lines[:n], lines[n:2 * n]])
+            self.seen |= set(lines[2 * n:])
+        lines = [line for text in texts for part in text for line in part]
+        words = self.grammar.words if self.grammar else set()
+        if odd := [w for w in words - {w for s in lines for w in s.split()} if w[0].isupper()]:
+            fail(f"{grammar}: {odd[0]!r} has no rule and is no word of the texts; expected a rule")
+        tokens = [tokens_of(line, cfg.level) for line in (*lines, *words)]
+        self.symbols = ["", *sorted({t for line in tokens for t in line})]
+        if len(self.symbols) > 20000:
+            fail(f"--level {cfg.level}: over 20000 different tokens: try --level char or less text")
+        if cut := sum(len(line) > cfg.context for line in tokens):
+            print(f"{cut} of {len(lines)} lines were cut to --context {cfg.context} tokens")
+        self.messy, self.curated = (
+            [to_ids([s for s in part if part is text[0] or s not in self.seen], self.symbols, cfg)
+             for part in text] for text in texts)
+
+    def novel(self, x):
+        """The rows that are in no training split."""
+        return x[[line not in self.seen for line in to_lines(x, self.symbols)]]
+
+
+def real_tokens(x):
+    """(B, T+1) ids -> (B, T) mask: 1 where x[:, 1:] is a token or the closing END, 0 after that."""
+    return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1]], 1).ne(END).float()
+
+
+def trim(x):
+    return x[:, :int(real_tokens(x).sum(1).max()) + 1]
+
+
+def batches(x, size, *labels):
+    """Endless shuffled batches, each of rows of like length, so that little padding is computed."""
+    length, size = real_tokens(x).sum(1), min(size, len(x))
+    while True:
+        for rows in torch.randperm(len(x), device=x.device).split(size * 16):
+            parts = rows[length[rows].argsort()][:len(rows) // size * size].view(-1, size)
+            for part in parts[torch.randperm(len(parts))]:
+                yield trim(x[part]), *(label[part] for label in labels)
+
+
+# ---- 3 generator: a GPT --------------------------------------------------------------------------
+class GPT(nn.Module):
+    """Pre-norm transformer (Radford et al. 2019); its head is its token embedding, transposed."""
+
+    def __init__(self, V, context, n_layer, C, dropout=0.0):
+        super().__init__()
+        self.shape, self.drop = (V, context, n_layer, C), nn.Dropout(dropout)
+        self.token, self.position = nn.Embedding(V, C), nn.Embedding(context + 1, C)
+        self.layers = nn.ModuleList(nn.ModuleList([
+            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 3 * C)), nn.Linear(C, C),
+            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))])
+            for _ in range(n_layer))
+        self.ln = nn.LayerNorm(C)
+        for p in filter(lambda p: p.dim() == 2, self.parameters()):
+            nn.init.normal_(p, std=0.02)
+
+    def hidden(self, x, cache=None, extra=0.0):  # (B, T) ids -> (B, T, C)
+        (B, T), start = x.shape, cache[0][0].shape[2] if cache else 0
+        h = self.token(x) + self.position.weight[start:start + T] + extra
+        for i, (qkv, out, mlp) in enumerate(self.layers):
+            q, k, v = qkv(h).view(B, T, 3, -1, 32).permute(2, 0, 3, 1, 4)  # (B, heads, T, 32) each
+            if start:  # the cache has the earlier keys and values: only the new ones are computed
+                k, v = (torch.cat(pair, 2) for pair in zip(cache[i], (k, v)))
+            if cache is not None:
+                cache[i] = k, v
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, heads, T, 32)
+            h = h + self.drop(out(y.transpose(1, 2).reshape(B, T, -1)))
+            h = h + self.drop(mlp(h))
+        return self.ln(h)
+
+    def forward(self, x, cache=None):  # (B, T) ids -> (B, T, V) logits of the token after each
+        return self.hidden(x, cache) @ self.token.weight.T
+
+
+def token_logp(model, x, T=1.0):
+    """log q(x_t | x_<t) in nats at temperature T: (B, T+1) ids -> (B, T), 0 after the end."""
+    logits = model(x[:, :-1]) / T
+    logp = -F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
+    return logp.view_as(x[:, 1:]) * real_tokens(x)
+
+
+@torch.no_grad()
+def in_chunks(f, x, size=500):  # bounded memory, little padding
+    return torch.cat([f(trim(rows)) for rows in x.split(size)])
+
+
+def sequence_logp(model, x, T=1.0):
+    """Exact log q(x) of whole sequences at temperature T, (B, T+1) ids -> (B,)."""
+    return in_chunks(lambda x: token_logp(model, x, T).sum(1), x)
+
+
+@torch.no_grad()
+def sample(model, n, T=1.0, prompt=(), chunk=2000):
+    """n sequences at temperature T -> (n, context + 1) ids.  A finished row leaves the batch."""
+    out = torch.full((n, model.shape[1] + 1), END, device=model.token.weight.device)
+    out[:, 1:1 + len(prompt)] = torch.tensor(prompt)
+    for rows in torch.arange(n, device=out.device).split(chunk):
+        x, cache = out[rows, :1 + len(prompt)], {}
+        for t in range(1 + len(prompt), out.shape[1]):
+            p = (model(x, cache)[:, -1] / T).softmax(-1)
+            # an exponential race: argmax p/E with E ~ Exp(1) is a draw from p
+            x = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+            out[rows, t] = x[:, 0]
+            if not (going := x[:, 0].ne(END)).all():
+                rows, x = rows[going], x[going]
+                cache = {i: (k[going], v[going]) for i, (k, v) in cache.items()}
+            if not len(rows):
+                break
+    return out
+
+
+# ---- 4 discriminators: (B, T+1) ids -> (B, T) logits, the t-th is the verdict on x_1..x_t --------
+class PrefixDiscriminator(GPT):
+    """A language model with a verdict for a head: logit_t estimates log p(x_1..t) / q_ref(x_1..t).
+
+    It starts as a copy of the generator q_ref, and reads with each token what the frozen q_ref
+    thought of it: log q_ref(x_t | x_<t) and the entropy of that step.  What is left to learn is
+    where q_ref is wrong, not the language."""
+
+    def __init__(self, ref):
+        super().__init__(*ref.shape, dropout=0.1)
+        self.load_state_dict(ref.state_dict())
+        C, self.ref = ref.shape[-1], [ref]  # in a list: no part of D's parameters
+        self.hints, self.head = nn.Linear(2, C), nn.Linear(C, 1)
+        for p in (*self.hints.parameters(), *self.head.parameters()):
+            nn.init.zeros_(p)  # the first verdict is 0: no opinion
+
+    def forward(self, x):
+        with torch.no_grad():
+            logq = self.ref[0](x[:, :-1]).log_softmax(-1)  # (B, T, V)
+            hints = logq.gather(-1, x[:, 1:, None])[..., 0], (logq.exp() * logq).sum(-1)
+        extra = F.pad(self.hints(torch.stack(hints, -1) / 3), (0, 0, 1, 0))  # (B, T+1, C)
+        return self.head(self.hidden(x, extra=extra))[:, 1:, 0]
+
+
+class CNNDiscriminator(nn.Module):
+    """Kim (2014), as in SeqGAN: one verdict on the sentence, at its last token; 0 before that."""
+    def __init__(self, ref, widths=(2, 3, 4, 5)):
+        super().__init__()
+        V, C, self.ref = ref.shape[0], ref.shape[-1], [ref]
+        self.token, self.head = nn.Embedding(V, C), nn.Linear(C * len(widths), 1)
+        self.convolutions = nn.ModuleList(nn.Conv1d(C, C, w, padding=w - 1) for w in widths)
+
+    def forward(self, x):
+        mask = real_tokens(x)
+        h = (self.token(x[:, 1:]) * mask[..., None]).transpose(1, 2)  # (B, C, T)
+        h = torch.cat([conv(h).relu().amax(2) for conv in self.convolutions], 1)  # (B, C * widths)
+        return self.head(F.dropout(h, 0.1, self.training)) * F.one_hot(mask.sum(1).long() - 1)
+
+
+# ---- 5 objectives: pure functions, each with its equation ----------------------------------------
+def likelihood_loss(logp):
+    """MLE: -sum_t log q(x_t | x_<t), nats a sequence; (B, T) -> scalar."""
+    return -logp.sum(1).mean()  # not the mean over tokens: it would favour batches of short rows
+
+
+def discriminator_loss(logits, is_real, mask, kind="bce"):
+    """How badly D tells real from fake at each prefix; (B, T), (B,) bool, (B, T) -> scalar.
+
+    bce (Goodfellow et al. 2014, eq. 1): -log D(real) - log(1 - D(fake)), D = sigmoid(logit); at its
+    optimum the logit is log p/q.  pairwise (Bradley-Terry; the reward model of RLHF):
+    -log sigmoid(logit_real - logit_fake), each real prefix against each fake one of its length."""
+    if kind == "bce":
+        loss = F.softplus(torch.where(is_real[:, None], -logits, logits))
+    else:
+        loss = F.softplus(logits[~is_real][:, None] - logits[is_real][None])  # (fakes, reals, T)
+        mask = mask[~is_real][:, None] * mask[is_real][None]
+    return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+
+def token_rewards(logits, mask, shape="logit"):
+    """r_t = f(x_1..t) - f(x_1..t-1): by how much a token raised D's verdict; (B, T) -> (B, T).
+
+    logit: f = log D/(1-D) = log p/q, towards reverse KL.  prob: f = D (SeqGAN).  ratio: f = D/(1-D)
+    = p/q over its mean in the batch (MaliGAN, Che et al. 2017).  The empty prefix has logit 0."""
+    s, seen = F.pad(logits, (1, 0)), F.pad(mask, (1, 0), value=1.0)
+    f = {"logit": s, "prob": s.sigmoid(), "ratio": s.clamp(max=3).exp()}[shape]
+    if shape == "ratio":
+        f = f * seen.sum(0) / (f * seen).sum(0).clamp(min=1)
+    return f.diff(dim=1) * mask
+
+
+def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
+    """A_t = sum_{k>=t} lam^(k-t) (r_k - kl_coef log q(x_k|x_<k)/q_ref(x_k|x_<k)) - baseline_t.
+
+    With logit rewards and kl_coef 1 the expected sum is -KL(q || q_ref D/(1-D)), highest at
+    q = q_ref D/(1-D), which is p where D is optimal: the coefficient is no knob.  The baseline is
+    the batch mean at each position.  No division by the deviation: with D at chance it would blow
+    noise up to full-size steps.  (B, T) each -> (B, T), without gradient: advantages are data."""
+    A = (rewards - kl_coef * (logp - logp_ref)).detach() * mask
+    for t in reversed(range(A.shape[1] - 1)):
+        A[:, t] += lam * A[:, t + 1]
+    return (A - (A * mask).sum(0) / mask.sum(0).clamp(min=1)) * mask
+
+
+def policy_gradient_loss(logp, advantage):
+    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar."""
+    return -(advantage * logp).sum(1).mean()  # the gradient is what it is for: its value is no score
+
+
+# ---- 6 training phases: one loop, three losses ---------------------------------------------------
+def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
+    """AdamW on loss_of_a_batch(); the model ends as at the best of 16 looks at held_out()."""
+    adam = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99))
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
+    best, state = held_out(), deepcopy(model.state_dict())
+    for i in trange(1, steps + 1, desc=name, disable=None):
+        model.train()
+        loss_of_a_batch().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step(), rate.step(), adam.zero_grad()
+        model.eval()
+        if (i % math.ceil(steps / 16) == 0 or i == steps) and (now := held_out()) <= best:
+            best, state = now, deepcopy(model.state_dict())
+    model.load_state_dict(state)
+
+
+def train_likelihood(model, texts, steps, lr, cfg):
+    """MLE on texts[0], stopped early on texts[1]."""
+    data = batches(texts[0], cfg.batch_size)  # /10 below: one clipping threshold for all losses
+    fit(model, steps, lr, lambda: likelihood_loss(token_logp(model, *next(data))) / 10, "MLE",
+        held_out=lambda: -sequence_logp(model, texts[1]).mean())
+
+
+def loss_and_accuracy(disc, real, fake):
+    """Of the verdicts on whole sentences, both classes weighted alike; loss ln 2: no signal."""
+    r, f = (in_chunks(lambda x: disc(x).gather(1, real_tokens(x).sum(1, True).long() - 1), x)
+            for x in (real, fake))
+    return ((F.softplus(-r).mean() + F.softplus(f).mean()).item() / 2,
+            ((r > 0).float().mean() + (f <= 0).float().mean()).item() / 2)
+
+
+def train_discriminator(disc, real, fake, real_val, fake_val, cfg, name="discriminator"):
+    """The same loop, another loss: tell `real` from `fake`, stopped early on held-out pairs."""
+    # Mixed before they are sorted by length: a batch of long reals and short fakes would teach D
+    # the length of the day.  The smaller class is repeated: chance is 50 %.
+    rows = torch.arange(max(len(real), len(fake)), device=real.device)
+    x = torch.cat([real[rows % len(real)], fake[rows % len(fake)]])
+    data = batches(x, 4 * cfg.batch_size, torch.arange(len(x), device=x.device) < len(rows))
+
+    def loss():
+        x, is_real = next(data)
+        return discriminator_loss(disc(x), is_real, real_tokens(x), cfg.d_loss)
+
+    fit(disc, cfg.d_steps, cfg.gan_lr, loss, name,
+        held_out=lambda: loss_and_accuracy(disc, real_val, fake_val)[0])
+    loss, accuracy = loss_and_accuracy(disc, real_val, fake_val)
+    train_acc = loss_and_accuracy(disc, real[:2000], fake[:2000])[1]
+    return {"d_loss": loss, "train_acc": train_acc, "heldout_acc": accuracy}
+
+
+def train_generator(model, ref, disc, cfg):
+    """The same loop once more: the model's own samples, weighted by what the discriminator says."""
+    stats = []
+
+    def loss():
+        x, total = sample(model, 4 * cfg.batch_size), 0.0
+        for x in map(trim, x[real_tokens(x).sum(1).argsort()].split(cfg.batch_size)):
+            mask, logp = real_tokens(x), token_logp(model, x)  # of a quarter, of like length
+            with torch.no_grad():  # no gradient reaches the discriminator or the reference
+                rewards, logp_ref = token_rewards(disc(x), mask, cfg.reward), token_logp(ref, x)
+            A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)
+            total = total + policy_gradient_loss(logp, A) / 40  # 4 quarters; /10 as for MLE
+            stats.append([v.sum().item() / len(x) for v in (rewards, logp - logp_ref, -logp, mask)])
+        return total
+
+    fit(model, cfg.g_steps, cfg.gan_lr, loss, "generator")
+    ends = [np.mean(part, 0).tolist() for part in (stats[:40], stats[-40:])]  # of 10 steps each
+    return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), zip(*ends)))
+
+
+def adversarial_phase(model, disc, data, cfg):
+    """Rounds of: the discriminator against the frozen current model, then the model against it.
+
+    A round is kept only if held-out text says so: D must beat chance there by two standard errors,
+    and the round must not cost held-out likelihood more than one.  Returns a record a round."""
+    records, (real, val, _) = [], data.curated
+    for number in range(1, cfg.rounds + 1):
+        ref = disc.ref[0] = deepcopy(model).requires_grad_(False)
+        fake = sample(ref, cfg.batch_size * cfg.d_steps // 2)
+        fake_val = data.novel(sample(ref, 1000))  # held-out text is novel too
+        record = {"round": number, **train_discriminator(disc, real, fake, val, fake_val, cfg)}
+        if data.grammar:
+            record["optimal_acc"] = (1 + measure(ref, 1.0, data, cfg)[0]["tv"]) / 2
+        if record["heldout_acc"] > 0.5 + (0.25 / len(val) + 0.25 / len(fake_val)) ** 0.5:
+            record |= train_generator(model, ref, disc, cfg)
+            gain = sequence_logp(model, val) - sequence_logp(ref, val)
+            record["heldout_gain"] = gain.mean().item()
+        record["kept"] = "reward" in record and (gain.mean() > -gain.std() / len(val) ** 0.5).item()
+        print("\n".join(f"  {k:12} {np.round(np.float64(v), 3)}" for k, v in record.items()))
+        records.append(record)
+        if not record["kept"]:
+            model.load_state_dict(ref.state_dict())
+            break
+    return records
+
+
+# ---- 7 measurement -------------------------------------------------------------------------------
+def divergences(logp_p, logq_p, logp_q, logq_q):
+    """From exact log p and log q on samples of p and of q: KL (nats), JS (bits), its error, TV.
+
+    KL = E_p log p/q.  JS = (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2 (Lin 1991).
+    TV = E_p (1 - q/p)+ = E_q (1 - p/q)+; the best possible D is right (1 + TV)/2 of the time."""
+    other = logq_p - logp_p, logp_q - logq_q  # log of the other density over the sample's own
+    js = [1 - np.logaddexp(0, a) / math.log(2) for a in other]
+    tv = [-np.expm1(np.minimum(a, 0)).mean() for a in other]
+    return {"kl": -other[0].mean(), "js": (js[0].mean() + js[1].mean()) / 2,
+            "js_se": math.sqrt(sum(a.var() / len(a) for a in js)) / 2, "tv": sum(tv) / 2}
+
+
+def measure(model, T, data, cfg):
+    """A row of the report for `model` at temperature T, and the samples that it was measured on."""
+    start, x = time.time(), sample(model, cfg.eval_samples, T)
+    speed, lines = real_tokens(x).sum().item() / (time.time() - start), to_lines(x, data.symbols)
+    row = {"temperature": T, "novel": np.mean([s not in data.seen for s in lines]),
+           "unique": len(set(lines)) / len(lines), "tokens_per_s": speed}
+    if not data.grammar:
+        row["nll"] = -sequence_logp(model, data.curated[2], T).mean().item()  # nats a sequence
+        return row | fresh_judge(model, T, data, cfg), lines
+    rng = random.Random(cfg.seed + 10**6)  # the same true sentences for every model
+    truth = [data.grammar.sample(rng) for _ in range(cfg.eval_samples)]
+    logp = [np.array([*map(data.grammar.logp, text)]) for text in (truth, lines)]
+    logq = [sequence_logp(model, ids, T).double().cpu().numpy()
+            for ids in (to_ids(truth, data.symbols, cfg), x)]
+    row |= {"valid": np.isfinite(logp[1]).mean(), "entropy": -logp[0].mean()}
+    return row | divergences(logp[0], logq[0], logp[1], logq[1]), lines
+
+
+def fresh_judge(model, T, data, cfg):
+    """A discriminator that has met neither side yet: its accuracy on unseen pairs, 0.5 is perfect.
+
+    Of the test lines half train it, a quarter stops it and a quarter is judged."""
+    real, fake = data.curated[2], data.novel(sample(model, 2 * len(data.curated[2]), T))
+    if not (n := min(len(real), len(fake)) // 4):
+        return {"judge_acc": math.nan, "judge_se": math.nan}  # the samples are all training lines
+    (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
+    judge = PrefixDiscriminator(model).to(cfg.device)
+    train_discriminator(judge, r, f, r_val, f_val, cfg, "judge")
+    return {"judge_acc": loss_and_accuracy(judge, r_test, f_test)[1], "judge_se": (8 * n) ** -0.5}
+
+
+def show_report(arms, out):
+    """The table, its answer in a sentence, and the picture where matplotlib is installed."""
+    y, error, cost, gain = (("js", "js_se", "kl", "valid") if "js" in arms[0] else
+                            ("judge_acc", "judge_se", "nll", "novel"))
+    columns = ["temperature", y, error, cost, *["tv", "valid"] * (y == "js"), "novel", "unique"]
+    print("\n" + " " * 10 + "".join(f"{c:>12}" for c in columns))
+    for a in arms:
+        print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
+    best = {a["name"]: a for a in sorted(arms, key=lambda a: -a[y])}  # the last of a name stays
+    gan, other = best["gan"], min(map(best.get, ("mle", "sft", "continued")), key=lambda a: a[y])
+    print(f"\nBest {y} of gan {gan[y]:.3f} +- {gan[error]:.3f}, of likelihood {other[y]:.3f} +- "
+          f"{other[error]:.3f}: the GAN phase", "wins." if gan[y] < other[y] else "does NOT win.")
+    with suppress(ImportError):
+        import matplotlib.pyplot as plt
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+        for name in best:
+            column = {c: [a[c] for a in arms if a["name"] == name] for c in columns}
+            left.errorbar(column["temperature"], column[y], column[error], marker="o", label=name)
+            right.plot(column[cost], column[gain], marker="o")
+        left.set(xlabel="sampling temperature", ylabel=f"{y}, lower is better")
+        right.set(xlabel=f"{cost} in nats, lower is better", ylabel=f"{gain}, share of samples")
+        left.legend()
+        figure.savefig(out / "frontier.png", dpi=120, bbox_inches="tight")
+
+
+# ---- 8 main --------------------------------------------------------------------------------------
+def new_model(run, cfg, name=None):
+    n_layer, n_head, _ = PRESETS[cfg.preset]
+    model = GPT(len(run["symbols"]), cfg.context, n_layer, 32 * n_head).to(cfg.device)
+    model.load_state_dict(run["models"][name] if name else model.state_dict())
+    return model.eval()
+
+
+def train(run, cfg, data, path):
+    """Fill run["models"], each the model that a phase ended with; what is there is skipped."""
+    models = run["models"]
+    origins = {"mle": None, "sft": "mle", "gan_mle": "mle", "gan": "sft", "continued": "mle"}
+    for i, (name, origin) in enumerate(origins.items()):
+        if name in models:
+            continue
+        print(f"\n{name}" + f", from {origin}" * bool(origin), flush=True)
+        torch.manual_seed(100 * cfg.seed + i)
+        start, model = time.time(), new_model(run, cfg, origin)
+        if name in ("mle", "continued"):  # more MLE, in at least the time of both halves of the GAN
+            gan_time = cfg.rounds * (11 * cfg.d_steps + 8 * cfg.g_steps)
+            train_likelihood(model, data.messy, gan_time if origin else cfg.pretrain_steps, cfg.lr, cfg)
+        if name in ("sft", "continued"):
+            train_likelihood(model, data.curated, cfg.sft_steps, cfg.lr / 8, cfg)
+        if name in ("gan_mle", "gan"):
+            kind = CNNDiscriminator if cfg.disc == "cnn" else PrefixDiscriminator
+            disc = kind(new_model(run, cfg, origin if cfg.disc == "lm" else None)).to(cfg.device)
+            # D goes on from samples of MLE to the harder ones of SFT: a cold start there is lost
+            disc.load_state_dict(models.get("disc", disc.state_dict()))
+            records = adversarial_phase(model, disc, data, cfg)
+            run["discriminator"] += [{"phase": name} | record for record in records]
+            models["disc"] = disc.state_dict()
+        phase = {"mle": "pretrain", "gan": "adversarial"}.get(name, name)
+        models[name], run["timing"][phase + "_s"] = model.state_dict(), time.time() - start
+        torch.save(run, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)  # a kill in the middle leaves the last one whole
+
+
+def load(path, cfg):
+    """The run in `path`; one that goes on must be of the same configuration."""
+    try:
+        run = torch.load(path, map_location=cfg.device, weights_only=True)
+        saved = run["config"] | {"out": cfg.out, "resume": cfg.resume, "device": cfg.device}
+    except Exception as error:  # whatever a damaged or foreign file makes of itself
+        fail(f"--out {path.parent}: model.pt is no checkpoint of gan_lm ({type(error).__name__})")
+    if odd := [k for k, v in asdict(cfg).items() if saved.get(k) != v and not cfg.samples]:
+        fail(f"--{odd[0]} {getattr(cfg, odd[0])}: the run in --out has {saved.get(odd[0])}")
+    return run
+
+
+def report(run, cfg, data, out):
+    """Measure every model at every temperature; print, draw and write what comes out."""
+    torch.manual_seed(cfg.seed)
+    arms, timing, start = [], dict(run["timing"]), time.time()
+    for name in ("mle", "sft", "continued", "gan_mle", "gan"):
+        model = new_model(run, cfg, name)
+        rows = [measure(model, T, data, cfg) for T in cfg.temperatures]
+        arms += [{"name": name, **row} for row, _ in rows]
+        if name in ("sft", "gan"):
+            print(f"\n{name} says" + (", * what the grammar could not:" if data.grammar else ":"))
+            for line in sorted(rows[0][1][:12], key=lambda s: s not in data.seen):
+                star = "*" if data.grammar and data.grammar.logp(line) == -math.inf else " "
+                print("  in training" if line in data.seen else "  new        ", star, line)
+    show_report(arms, out)
+    tokens = cfg.pretrain_steps * cfg.batch_size * real_tokens(data.messy[0]).sum(1).mean().item()
+    timing["total_s"] = sum(timing.values()) + time.time() - start
+    timing["pretrain_tokens_per_s"] = tokens / timing["pretrain_s"]
+    timing["sample_tokens_per_s"] = np.mean([a.pop("tokens_per_s") for a in arms]).item()
+    with suppress(ImportError):  # Windows has no such module
+        import resource
+        timing["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print("\n" + "  ".join(f"{key} {value:.0f}" for key, value in timing.items()))
+    lines = to_lines(sample(model, 1000, cfg.temperature), data.symbols)
+    (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+    result = dict(config=run["config"], versions=versions, entropy=arms[0].get("entropy"),
+                  arms=arms, discriminator=run["discriminator"], timing=timing)
+    (out / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def print_samples(cfg, path):
+    run = load(path, cfg)
+    saved, symbols = Config(**run["config"] | {"device": cfg.device}), run["symbols"]
+    prompt = tokens_of(cfg.prompt, saved.level) if cfg.prompt else []
+    if unknown := [t.strip() for t in prompt if t not in symbols]:
+        fail(f"--prompt {cfg.prompt}: {unknown[0]!r} is not in the text that was trained on")
+    torch.manual_seed(cfg.seed)
+    model = new_model(run, saved, [n for n in ("mle", "sft", "gan") if n in run["models"]][-1])
+    x = sample(model, cfg.samples, cfg.temperature, [symbols.index(t) for t in prompt])
+    print("\n".join(to_lines(x, symbols)))
+
+
+def main(argv=None):
+    try:
+        cfg = parse(argv)
+        out, path = Path(cfg.out), Path(cfg.out, "model.pt")
+        if cfg.samples:
+            return print_samples(cfg, path)
+        if path.exists() and not cfg.resume:
+            fail(f"--out {out}: there is a run already; expected --resume, or another folder")
+        data = Data(cfg)
+        out.mkdir(parents=True, exist_ok=True)
+        run = load(path, cfg) if path.exists() else dict(
+            config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
+        train(run, cfg, data, path)
+        report(run, cfg, data, out)
+    except (UserError, OSError) as error:
+        print(f"gan_lm.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,13 +14,13 @@ Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts and the critic (D jud
 each token has its own reward), reward scaling, a D from scratch (it starts as a copy of the model).
 Added: an anchor, the KL to the model that D was trained against.  Freeze D, and this is RLHF.
 
-Map: 1 configuration  2 data  3 generator  4 discriminators  5 objectives  6 training  7 measurement
-     8 main.     Shapes: B batch, T time, C channels, V vocabulary.
+Map: 1 configuration  2 data  3 generator  4 discriminators  5 objectives  6 training phases
+     7 measurement  8 main      Shapes: B batch, T time, C channels, V vocabulary
 """
 import argparse, json, math, os, random, sys, time  # noqa: E401
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from tqdm import trange
 from tiny_data.language import Grammar, UserError, fail, read, read_lines, tokens_of
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
+CHIPS = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
 END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
 
 
@@ -54,7 +55,7 @@ class Config:
     out: str = flag("out", "folder for model.pt, report.json, samples.txt and frontier.png")
     resume: bool = flag(False, "go on with the run in --out after its last finished phase")
     seed: int = flag(0, "same seed, same machine: same numbers", (0, 10**6))
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "or cuda:1, mps, ...")
+    device: str = flag("cuda" if "cuda" in CHIPS else "cpu", "of those at hand", CHIPS)
     context: int = flag(0, "longest sequence in tokens, the rest is cut; 0: as preset", (0, 4096))
     batch_size: int = flag(64, "sequences a step; GAN steps take four such batches", (2, 10**6))
     pretrain_steps: int = flag(4000, "MLE steps; 0: the GAN starts from scratch", (0, 10**9))
@@ -142,7 +143,7 @@ class Data:
 
 def real_tokens(x):
     """(B, T+1) ids -> (B, T) mask: 1 where x[:, 1:] is a token or the closing END, 0 after that."""
-    return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1]], 1).ne(END).float()
+    return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1].ne(END).long().cumprod(1)], 1).float()
 
 
 def trim(x):
@@ -258,15 +259,16 @@ class CNNDiscriminator(nn.Module):
     """Kim (2014), as in SeqGAN: one verdict on the sentence, at its last token; 0 before that."""
     def __init__(self, ref, widths=(2, 3, 4, 5)):
         super().__init__()
-        V, C, self.ref = ref.shape[0], ref.shape[-1], [ref]
-        self.token, self.head = nn.Embedding(V, C), nn.Linear(C * len(widths), 1)
+        V, _, _, C = ref.shape
+        self.ref, self.token = [ref], nn.Embedding(V, C)
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(C * len(widths), 1))
         self.convolutions = nn.ModuleList(nn.Conv1d(C, C, w, padding=w - 1) for w in widths)
 
     def forward(self, x):
         mask = real_tokens(x)
         h = (self.token(x[:, 1:]) * mask[..., None]).transpose(1, 2)  # (B, C, T)
         h = torch.cat([conv(h).relu().amax(2) for conv in self.convolutions], 1)  # (B, C * widths)
-        return self.head(F.dropout(h, 0.1, self.training)) * F.one_hot(mask.sum(1).long() - 1)
+        return self.head(h) * F.one_hot(mask.sum(1).long() - 1, mask.shape[1])
 
 
 # ---- 5 objectives: pure functions, each with its equation ----------------------------------------
@@ -295,10 +297,9 @@ def token_rewards(logits, mask, shape="logit"):
     logit: f = log D/(1-D) = log p/q, towards reverse KL.  prob: f = D (SeqGAN).  ratio: f = D/(1-D)
     = p/q over its mean in the batch (MaliGAN, Che et al. 2017).  The empty prefix has logit 0."""
     s, seen = F.pad(logits, (1, 0)), F.pad(mask, (1, 0), value=1.0)
-    f = {"logit": s, "prob": s.sigmoid(), "ratio": s.clamp(max=3).exp()}[shape]
-    if shape == "ratio":
-        f = f * seen.sum(0) / (f * seen).sum(0).clamp(min=1)
-    return f.diff(dim=1) * mask
+    ratio = s.clamp(max=3).exp()
+    ratio = ratio * seen.sum(0) / (ratio * seen).sum(0).clamp(min=1)
+    return {"logit": s, "prob": s.sigmoid(), "ratio": ratio}[shape].diff(dim=1) * mask
 
 
 def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
@@ -316,7 +317,7 @@ def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
 
 def policy_gradient_loss(logp, advantage):
     """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar."""
-    return -(advantage * logp).sum(1).mean()  # the gradient is what it is for: its value is no score
+    return -(advantage * logp).sum(1).mean()  # its gradient is what counts: the value is no score
 
 
 # ---- 6 training phases: one loop, three losses ---------------------------------------------------
@@ -402,7 +403,7 @@ def adversarial_phase(model, disc, data, cfg):
         fake_val = data.novel(sample(ref, 1000))  # held-out text is novel too
         record = {"round": number, **train_discriminator(disc, real, fake, val, fake_val, cfg)}
         if data.grammar:
-            record["optimal_acc"] = (1 + measure(ref, 1.0, data, cfg)[0]["tv"]) / 2
+            record["optimal_acc"] = (1 + measure(ref, 1.0, data, cfg)[0]["tv"].item()) / 2
         if record["heldout_acc"] > 0.5 + (0.25 / len(val) + 0.25 / len(fake_val)) ** 0.5:
             record |= train_generator(model, ref, disc, cfg)
             gain = sequence_logp(model, val) - sequence_logp(ref, val)
@@ -456,7 +457,7 @@ def fresh_judge(model, T, data, cfg):
         return {"judge_acc": math.nan, "judge_se": math.nan}  # the samples are all training lines
     (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
     judge = PrefixDiscriminator(model).to(cfg.device)
-    train_discriminator(judge, r, f, r_val, f_val, cfg, "judge")
+    train_discriminator(judge, r, f, r_val, f_val, replace(cfg, d_steps=cfg.d_steps // 2), "judge")
     return {"judge_acc": loss_and_accuracy(judge, r_test, f_test)[1], "judge_se": (8 * n) ** -0.5}
 
 
@@ -504,8 +505,8 @@ def train(run, cfg, data, path):
         torch.manual_seed(100 * cfg.seed + i)
         start, model = time.time(), new_model(run, cfg, origin)
         if name in ("mle", "continued"):  # more MLE, in at least the time of both halves of the GAN
-            gan_time = cfg.rounds * (11 * cfg.d_steps + 8 * cfg.g_steps)
-            train_likelihood(model, data.messy, gan_time if origin else cfg.pretrain_steps, cfg.lr, cfg)
+            steps = [cfg.pretrain_steps, cfg.rounds * (11 * cfg.d_steps + 8 * cfg.g_steps)]
+            train_likelihood(model, data.messy, steps[i > 0], cfg.lr, cfg)
         if name in ("sft", "continued"):
             train_likelihood(model, data.curated, cfg.sft_steps, cfg.lr / 8, cfg)
         if name in ("gan_mle", "gan"):
@@ -542,11 +543,10 @@ def report(run, cfg, data, out):
         model = new_model(run, cfg, name)
         rows = [measure(model, T, data, cfg) for T in cfg.temperatures]
         arms += [{"name": name, **row} for row, _ in rows]
-        if name in ("sft", "gan"):
-            print(f"\n{name} says" + (", * what the grammar could not:" if data.grammar else ":"))
-            for line in sorted(rows[0][1][:12], key=lambda s: s not in data.seen):
-                star = "*" if data.grammar and data.grammar.logp(line) == -math.inf else " "
-                print("  in training" if line in data.seen else "  new        ", star, line)
+        print(f"\n{name} says" + (", * what the grammar could not:" if data.grammar else ":"))
+        for line in sorted(rows[0][1][:10], key=lambda s: s not in data.seen):
+            star = " *"[bool(data.grammar) and data.grammar.logp(line) == -math.inf]
+            print("  in training" if line in data.seen else "  new        ", star, line)
     show_report(arms, out)
     tokens = cfg.pretrain_steps * cfg.batch_size * real_tokens(data.messy[0]).sum(1).mean().item()
     timing["total_s"] = sum(timing.values()) + time.time() - start
@@ -556,11 +556,11 @@ def report(run, cfg, data, out):
         import resource
         timing["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print("\n" + "  ".join(f"{key} {value:.0f}" for key, value in timing.items()))
-    lines = to_lines(sample(model, 1000, cfg.temperature), data.symbols)
-    (out / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    result = dict(config=run["config"], versions=versions, entropy=arms[0].get("entropy"),
-                  arms=arms, discriminator=run["discriminator"], timing=timing)
+    lines = "\n".join(to_lines(sample(model, 1000, cfg.temperature), data.symbols))
+    (out / "samples.txt").write_text(lines + "\n", encoding="utf-8")
+    versions, entropy = dict(python=sys.version, torch=torch.__version__), arms[0].get("entropy")
+    result = dict(config=run["config"], versions=versions, entropy=entropy, arms=arms,
+                  discriminator=run["discriminator"], timing=timing)
     (out / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 

@@ -49,8 +49,8 @@ class Grammar:
     """A weighted context-free grammar.
 
     One rule a line, `S -> 4 NP VP . | 1 if S then S`: alternatives of a weight and symbols.  What
-    has no rule is a word, the first symbol is the start, # begins a comment.  Weights are normalised
-    within a rule.  Raises UserError naming the line or the symbol at fault."""
+    has no rule is a word, the first symbol is the start, # begins a comment.  Weights are
+    normalised within a rule.  Raises UserError naming the line or the symbol at fault."""
 
     def __init__(self, text, name="grammar"):
         self.name, self.rules = name, {}  # symbol -> [(probability, (symbol, ...)), ...]
@@ -121,7 +121,8 @@ class Grammar:
         if rest:  # every cut of the words in two
             cuts = range(1, len(words) - len(rest) + 1)
             return sum(p * self.inside(rest, words[i:]) for i in cuts
-                       if words[i] in self.first[rest[0]] and (p := self.inside((head,), words[:i])))
+                       if words[i] in self.first[rest[0]]
+                       and (p := self.inside((head,), words[:i])))
         if head not in self.rules:
             return float(words == symbols)
         return sum(w * self.inside(s, words) for w, s in self.rules[head])

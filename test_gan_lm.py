@@ -1,0 +1,603 @@
+"""Each test is named after the claim that it checks, in the order of gan_lm.py.  Run: pytest -q"""
+import itertools
+import json
+import math
+import random
+import re
+import shlex
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gan_lm
+from gan_lm import (CNNDiscriminator, Config, Data, GPT, Grammar, PrefixDiscriminator, UserError,
+                    adversarial_phase, advantages, batches, discriminator_loss, divergences, fit,
+                    likelihood_loss, main, measure, new_model, parse, policy_gradient_loss,
+                    real_tokens, sample, sequence_logp, to_ids, to_lines, token_logp, token_rewards,
+                    train_discriminator, train_generator, train_likelihood)
+from tiny_data import language
+
+torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
+ROOT = Path(__file__).resolve().parent
+FAST = ("--preset nano --pretrain_steps 20 --sft_steps 5 --d_steps 8 --g_steps 2 --batch_size 16 "
+        "--eval_samples 60 --temperatures 1 0.8").split()
+SMALL = Grammar("S -> 2 N V . | 1 if S then S .\nN -> 3 dogs | 1 the N\nV -> 1 run | 1 see N")
+
+
+@pytest.fixture(scope="module")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Data(parse([]))
+
+
+def tiny_gpt(V=7, context=8, seed=0, device="cpu"):
+    torch.manual_seed(seed)
+    model = GPT(V, context, 2, 64).to(device).eval()
+    for p in model.parameters():  # far from uniform
+        p.data += 0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5
+    return model
+
+
+def rows(*lists, T=8):
+    return torch.tensor([[0, *row, *[0] * (T - len(row))] for row in lists])
+
+
+# ---- the promises about the file itself
+
+def test_the_file_is_short_enough_to_be_read():
+    import ast
+    source = (ROOT / "gan_lm.py").read_text(encoding="utf-8")
+    lines = source.split("\n")[:-1]
+    docs, longest = set(), 0
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
+            docs |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.FunctionDef):
+            longest = max(longest, node.end_lineno - node.lineno + 1)
+    code = [i for i, line in enumerate(lines, 1)
+            if line.strip() and not line.strip().startswith("#") and i not in docs]
+    assert len(lines) <= 600 and len(code) <= 420 and longest <= 45
+    assert max(map(len, lines)) <= 100
+
+
+def test_importing_trains_nothing_and_needs_no_matplotlib():
+    code = ("import sys, time; t = time.time(); import gan_lm; "
+            "assert 'matplotlib' not in sys.modules; print(len(gan_lm.__doc__) > 0)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+# ---- the language
+
+def every_sentence(grammar, symbols, depth):
+    """Brute force: {sentence: probability} of all expansions at most `depth` deep."""
+    if not symbols:
+        return {(): 1.0}
+    if symbols[0] not in grammar.rules:
+        head = {(symbols[0],): 1.0}
+    else:
+        head = {}
+        for w, alternative in grammar.rules[symbols[0]] if depth else ():
+            for words, p in every_sentence(grammar, alternative, depth - 1).items():
+                head[words] = head.get(words, 0.0) + w * p
+    out = {}
+    for (a, p), (b, q) in itertools.product(head.items(),
+                                            every_sentence(grammar, symbols[1:], depth).items()):
+        out[a + b] = out.get(a + b, 0.0) + p * q
+    return out
+
+
+AMBIGUOUS = Grammar("S -> 2 S and S | 3 N\nN -> 1 cats | 2 dogs")  # left recursive, two parses
+
+
+@pytest.mark.parametrize("grammar, depth", [
+    (Grammar("S -> 2 A B | 1 B\nA -> 1 x | 3 y\nB -> 1 x | 1 A A"), 9), (AMBIGUOUS, 6)])
+def test_log_p_equals_brute_force_enumeration(grammar, depth):
+    sentences = every_sentence(grammar, (grammar.start,), depth)
+    longest = 5 if grammar is AMBIGUOUS else 99  # longer ones have parses deeper than the search
+    for words, p in sentences.items():
+        if len(words) <= longest:
+            assert math.exp(grammar.logp(" ".join(words))) == pytest.approx(p, rel=1e-9)
+    if grammar is not AMBIGUOUS:
+        assert sum(sentences.values()) == pytest.approx(1.0)
+
+
+def test_log_p_agrees_with_sampled_frequencies():
+    rng, n = random.Random(0), 20000
+    lines = [SMALL.sample(rng) for _ in range(n)]
+    for line in ("dogs run .", "dogs see dogs .", "the dogs run ."):
+        p = math.exp(SMALL.logp(line))
+        assert lines.count(line) / n == pytest.approx(p, abs=4 * math.sqrt(p / n))
+
+
+@pytest.mark.parametrize("line", ["", "run dogs .", "dogs fly .", "dogs run", "if dogs run . then"])
+def test_what_the_grammar_cannot_say_has_probability_zero(line):
+    assert SMALL.logp(line) == -math.inf
+
+
+def test_the_shipped_language_is_as_described(data):
+    rng = random.Random(1)
+    lines = [data.grammar.sample(rng) for _ in range(3000)]
+    assert max(len(s.split()) for s in lines) <= 24
+    assert 15 < -np.mean([data.grammar.logp(s) for s in lines]) < 25
+
+
+def test_the_shipped_texts_are_made_again_byte_for_byte(tmp_path):
+    language.main([str(tmp_path)])
+    for name in ("messy.txt", "curated.txt"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "tiny_data" / name).read_bytes()
+    grammar = Grammar((ROOT / "tiny_data" / "grammar.txt").read_text(encoding="utf-8"))
+    messy = (tmp_path / "messy.txt").read_text(encoding="utf-8").splitlines()
+    wrong = np.mean([grammar.logp(s) == -math.inf for s in messy])
+    assert len(messy) == 20000 and wrong == pytest.approx(0.4, abs=0.015)
+    with pytest.raises(FileExistsError):
+        language.main([str(tmp_path)])
+
+
+def test_a_text_can_be_corrupted_too(tmp_path):
+    text = tmp_path / "text.txt"
+    lines = [f"word{i} is number {i} of many" for i in range(100)]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    language.main([str(tmp_path / "made"), "--text", str(text), "--curated", "60"])
+    curated = (tmp_path / "made" / "curated.txt").read_text(encoding="utf-8").splitlines()
+    assert len(curated) == 60 and set(curated) <= set(lines)
+
+
+# ---- data
+
+@pytest.mark.parametrize("level", ["word", "char"])
+@pytest.mark.parametrize("line", ["the dog runs .", "Don't stop-now, O'Neil!",
+                                  "naïve e\u0301 \U0001F600", "a\x00b \u200d !",
+                                  "¿qué? … 東京"])
+def test_any_line_comes_back_from_ids_as_it_went_in(line, level):
+    cfg = Config(level=level, context=40, device="cpu")
+    symbols = ["", *sorted(set(language.tokens_of(line, level)))]
+    assert to_lines(to_ids([line], symbols, cfg), symbols) == [line]
+
+
+def test_held_out_lines_are_in_no_training_split(data):
+    for text in (data.messy, data.curated):
+        for part in text[1:]:
+            assert not data.seen & set(to_lines(part, data.symbols))
+            assert len(data.novel(part)) == len(part)
+
+
+def test_longer_lines_are_cut_and_counted(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"{i:03} " + "x" * i for i in range(100)), encoding="utf-8")
+    data = Data(parse(["--data", str(path), "--level", "char", "--context", "20"]))
+    assert "84 of" in capsys.readouterr().out or data.messy[0].shape[1] == 21
+    assert data.messy[0].shape[1] == 21
+
+
+def test_bom_crlf_and_blank_lines_do_no_harm(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(b"line %d" % i for i in range(60)))
+    assert language.read_lines(path) == [f"line {i}" for i in range(60)]
+
+
+def test_batches_hold_every_row_once_an_epoch_with_its_label():
+    x = rows(*[[1] * (i % 7 + 1) for i in range(64)])
+    stream = batches(x, 8, torch.arange(64))
+    got = [next(stream) for _ in range(8)]
+    labels = torch.cat([label for _, label in got])
+    assert sorted(labels.tolist()) == list(range(64))
+    for part, label in got:
+        assert torch.equal(real_tokens(part).sum(1), real_tokens(x)[label].sum(1))
+
+
+# ---- generator
+
+def test_generator_is_causal_and_tokens_after_the_end_change_nothing():
+    model = tiny_gpt()
+    x = rows([1, 2, 3, 4, 5, 6], [3, 3, 2])
+    y = x.clone()
+    y[0, 5:] = 6
+    assert torch.allclose(model(x)[0, :5], model(y)[0, :5], atol=1e-5)
+    z = x.clone()
+    z[1, 5:] = 4  # after the closing END
+    assert torch.equal(token_logp(model, x)[1], token_logp(model, z)[1])
+
+
+def test_sequence_probabilities_sum_to_one_at_any_temperature():
+    model = tiny_gpt(V=3, context=3)
+    everything = {tuple(s[:s.index(0) + 1] if 0 in s else s)
+                  for s in itertools.product(range(3), repeat=3)}
+    x = rows(*everything, T=3)
+    for T in (1.0, 0.7):
+        assert sequence_logp(model, x, T).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_cached_sampling_equals_uncached_sampling():
+    model, n = tiny_gpt(), 50
+    torch.manual_seed(3)
+    fast = sample(model, n, 0.8, prompt=[2, 5])
+    torch.manual_seed(3)
+    slow, alive = torch.zeros(n, 9, dtype=torch.long), torch.arange(n)
+    slow[:, 1:3] = torch.tensor([2, 5])
+    for t in range(3, 9):
+        p = (model(slow[alive, :t])[:, -1] / 0.8).softmax(-1)
+        slow[alive, t] = (p / torch.empty_like(p).exponential_()).argmax(-1)
+        alive = alive[slow[alive, t] != 0]
+        if not len(alive):
+            break
+    assert torch.equal(fast, slow)
+
+
+def test_samples_have_the_probabilities_that_sequence_logp_says():
+    model, n = tiny_gpt(V=3, context=2), 20000
+    torch.manual_seed(0)
+    x, counts = torch.unique(sample(model, n, 0.9), dim=0, return_counts=True)
+    p = sequence_logp(model, x, 0.9).exp()
+    assert ((counts / n - p).abs() < 4 * (p / n).sqrt()).all()
+
+
+# ---- discriminators
+
+@pytest.mark.parametrize("kind", [PrefixDiscriminator, CNNDiscriminator])
+def test_discriminators_judge_prefixes_and_ignore_what_follows_the_end(kind):
+    disc = kind(tiny_gpt()).eval()
+    torch.nn.init.normal_((disc.head if kind is PrefixDiscriminator else disc.head[1]).weight)
+    x = rows([1, 2, 3, 4, 5, 6], [3, 3, 2])
+    y = x.clone()
+    y[1, 5:] = 4
+    mask = real_tokens(x)
+    assert torch.allclose((disc(x) * mask)[1], (disc(y) * mask)[1], atol=1e-5)
+    if kind is PrefixDiscriminator:
+        y[0, 5:] = 1
+        assert torch.allclose(disc(x)[0, :4], disc(y)[0, :4], atol=1e-5)
+        assert not torch.allclose(disc(x)[0, 4:], disc(y)[0, 4:], atol=1e-5)
+    else:
+        assert (disc(x)[0] != 0).sum() == 1  # one verdict, at the closing END
+
+
+def test_the_discriminator_starts_as_the_language_model_without_an_opinion():
+    ref = tiny_gpt()
+    disc = PrefixDiscriminator(ref).eval()
+    x = rows([1, 2, 3])
+    assert torch.equal(disc.hidden(x), ref.hidden(x)) and (disc(x) == 0).all()
+
+
+# ---- objectives
+
+def test_policy_gradient_equals_the_exact_gradient_by_enumeration():
+    torch.manual_seed(0)
+    first, second = torch.randn(3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    ref = torch.randn(3).log_softmax(0), torch.randn(3, 3).log_softmax(-1)
+    x = rows([0], *([a, b] for a in (1, 2) for b in range(3)), T=2)  # every sequence, V = 3, T = 2
+    mask, verdict = real_tokens(x), torch.randn(3, 3)
+    logits = torch.stack([verdict[x[:, 1], 0], verdict[x[:, 1], x[:, 2]]], 1)  # of prefixes alone
+    rewards = token_rewards(logits, mask)
+
+    def logp_under(one, two):
+        return torch.stack([one[x[:, 1]], two[x[:, 1], x[:, 2]]], 1) * mask
+
+    logp = logp_under(first.log_softmax(0), second.log_softmax(-1))
+    q, logp_ref = logp.sum(1).exp(), logp_under(*ref)
+    assert q.sum().item() == pytest.approx(1)
+    for kl_coef in (0.0, 1.0):
+        expected = (q * (rewards - kl_coef * (logp - logp_ref)).sum(1)).sum()
+        exact = torch.autograd.grad(-expected, (first, second), retain_graph=True)
+        A = advantages(rewards, logp, logp_ref, mask, kl_coef, lam=1.0)
+        surrogate = sum(weight * policy_gradient_loss(logp[i:i + 1], A[i:i + 1])
+                        for i, weight in enumerate(q.detach()))
+        ours = torch.autograd.grad(surrogate, (first, second), retain_graph=True)
+        for a, b in zip(exact, ours):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_without_reward_and_at_the_reference_there_is_no_advantage():
+    logp, mask = -torch.rand(5, 4), torch.ones(5, 4)
+    assert (advantages(torch.zeros(5, 4), logp, logp, mask) == 0).all()
+
+
+def test_advantages_are_discounted_sums_less_the_batch_mean():
+    r, mask = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]), torch.ones(2, 3)
+    A = advantages(r, torch.zeros(2, 3), torch.zeros(2, 3), mask, lam=0.5)
+    assert torch.allclose(A[0], torch.tensor([3.0, 4.0, 4.0]) / 2) and torch.allclose(A[1], -A[0])
+
+
+def test_token_rewards_add_up_to_the_verdict_on_the_sentence():
+    logits, mask = torch.randn(2, 5), torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0]])
+    assert torch.allclose(token_rewards(logits, mask).sum(1),
+                          torch.stack([logits[0, 4], logits[1, 2]]), atol=1e-6)
+    prob = token_rewards(logits, mask, "prob").sum(1)
+    assert prob[0].item() == pytest.approx(logits[0, 4].sigmoid().item() - 0.5, abs=1e-6)
+    ratio = token_rewards(torch.zeros(2, 5), mask, "ratio")
+    assert (ratio == 0).all()  # where D has no opinion every shape is silent
+
+
+def test_discriminator_losses_have_their_optimum_at_the_log_ratio():
+    mask, is_real = torch.ones(2, 1), torch.tensor([True, False])
+    for kind, signal in (("bce", [[3.0], [-3.0]]), ("pairwise", [[3.0], [-3.0]])):
+        silent = discriminator_loss(torch.zeros(2, 1), is_real, mask, kind).item()
+        assert silent == pytest.approx(math.log(2))
+        assert discriminator_loss(torch.tensor(signal), is_real, mask, kind).item() < silent
+        assert discriminator_loss(-torch.tensor(signal), is_real, mask, kind).item() > silent
+    # p = 0.8 and q = 0.2 on one prefix: the best constant logit is log 4
+    s = torch.tensor([0.0], requires_grad=True)
+    real = torch.tensor([True] * 8 + [False] * 2)
+    loss = discriminator_loss(s.expand(10, 1), real, torch.ones(10, 1))
+    grad_at_0 = torch.autograd.grad(loss, s)[0]
+    best = torch.tensor([math.log(4)], requires_grad=True)
+    loss = discriminator_loss(best.expand(10, 1), real, torch.ones(10, 1))
+    assert grad_at_0 < 0 and abs(torch.autograd.grad(loss, best)[0].item()) < 1e-6
+
+
+# ---- training phases
+
+def test_likelihood_training_ends_at_its_best_look_at_held_out_text(data):
+    torch.manual_seed(0)
+    cfg = parse(["--batch_size", "16"])
+    model = GPT(len(data.symbols), 64, 1, 32)
+    before = -sequence_logp(model, data.curated[1]).mean()
+    train_likelihood(model, data.curated, 30, 1e-2, cfg)
+    assert -sequence_logp(model, data.curated[1]).mean() < before
+    looks = iter([5.0, 3.0, 4.0, 6.0])
+    weight = torch.nn.Linear(1, 1)
+    seen = []
+
+    def look():
+        seen.append(weight.weight.item())
+        return next(looks)
+    fit(weight, 3, 0.1, lambda: weight(torch.ones(1, 1)).sum(), "", held_out=look)
+    assert weight.weight.item() == seen[1]
+
+
+def test_each_half_of_the_gan_leaves_the_other_alone(data):
+    cfg = parse(FAST)
+    torch.manual_seed(0)
+    model = GPT(len(data.symbols), 64, 1, 32)
+    ref = deepcopy(model).requires_grad_(False)
+    disc = PrefixDiscriminator(ref)
+    fake = sample(ref, 64)
+    before = deepcopy(ref.state_dict())
+    train_discriminator(disc, data.curated[0], fake, data.curated[1], fake, cfg)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), ref.state_dict().values()))
+    judge = deepcopy(disc.state_dict())
+    train_generator(model, ref, disc, cfg)
+    assert all(torch.equal(a, b) for a, b in zip(judge.values(), disc.state_dict().values()))
+    assert all(p.grad is None for p in disc.parameters())
+    assert not torch.equal(model.token.weight, ref.token.weight)
+
+
+def test_where_the_discriminator_is_at_chance_the_phase_leaves_the_model_alone(data, capsys):
+    cfg = parse([*FAST, "--rounds", "3"])
+    torch.manual_seed(0)
+    model = GPT(len(data.symbols), 64, 1, 32)
+    same = deepcopy(data)  # "curated" text that is the model's own samples: nothing to sharpen
+    same.curated = [sample(model, 300), sample(model, 300), None]
+    same.seen = set()
+    before = deepcopy(model.state_dict())
+    records = adversarial_phase(model, PrefixDiscriminator(model), same, cfg)
+    assert len(records) == 1 and not records[0]["kept"] and "reward" not in records[0]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+def test_the_adversarial_phase_lowers_js(data, capsys):
+    cfg = parse("--batch_size 64 --d_steps 250 --g_steps 60 --eval_samples 1000".split())
+    torch.manual_seed(0)
+    model = new_model({"symbols": data.symbols}, cfg)
+    train_likelihood(model, data.messy, 900, 4e-3, cfg)
+    before = measure(model, 1.0, data, cfg)[0]
+    adversarial_phase(model, PrefixDiscriminator(model), data, cfg)
+    after = measure(model, 1.0, data, cfg)[0]
+    assert after["js"] + 3 * (after["js_se"] + before["js_se"]) < before["js"]
+    assert after["valid"] > before["valid"]
+
+
+# ---- measurement
+
+def test_js_of_a_distribution_with_itself_is_0_and_of_disjoint_ones_1():
+    a, never = np.log(np.array([0.5, 0.25, 0.25])), np.full(3, -np.inf)
+    same = divergences(a, a, a, a)
+    assert same["kl"] == same["js"] == same["tv"] == 0
+    apart = divergences(a, never, never, a)
+    assert apart["js"] == apart["tv"] == 1 and apart["kl"] == math.inf
+
+
+def test_divergences_agree_with_the_sums_over_two_known_distributions():
+    rng, n = np.random.default_rng(0), 200000
+    p, q = np.array([0.6, 0.3, 0.1, 0.0]), np.array([0.3, 0.3, 0.2, 0.2])
+    x, y = rng.choice(4, n, p=p), rng.choice(4, n, p=q)
+    with np.errstate(divide="ignore"):
+        got = divergences(np.log(p)[x], np.log(q)[x], np.log(p)[y], np.log(q)[y])
+    m, support = (p + q) / 2, p > 0
+    kl = (p[support] * np.log(p[support] / q[support])).sum()
+    js = ((p[support] * np.log2(p[support] / m[support])).sum() + (q * np.log2(q / m)).sum()) / 2
+    assert got["kl"] == pytest.approx(kl, abs=0.01) and got["tv"] == pytest.approx(0.3, abs=0.01)
+    assert abs(got["js"] - js) < 4 * got["js_se"] < 0.01
+
+
+# ---- main: whole runs in miniature
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    main([*FAST, "--out", str(out)])
+    return out
+
+
+def figures(out):
+    return {k: v for k, v in json.loads((out / "report.json").read_text(encoding="utf-8")).items()
+            if k in ("arms", "discriminator", "entropy")}
+
+
+def test_a_run_writes_the_report_that_is_promised(finished):
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert {"config", "versions", "entropy", "arms", "discriminator", "timing"} <= report.keys()
+    assert {a["name"] for a in report["arms"]} == {"mle", "continued", "sft", "gan", "gan_mle"}
+    for arm in report["arms"]:
+        assert {"temperature", "kl", "js", "js_se", "tv", "valid", "novel", "unique"} <= arm.keys()
+        assert 0 <= arm["js"] <= 1 and 0 <= arm["valid"] <= 1
+    for r in report["discriminator"]:
+        assert {"round", "train_acc", "heldout_acc", "optimal_acc", "kept"} <= r.keys()
+    assert {"pretrain_s", "pretrain_tokens_per_s", "sample_tokens_per_s", "sft_s", "adversarial_s",
+            "total_s", "peak_memory_mb"} <= report["timing"].keys()
+    assert len((finished / "samples.txt").read_text(encoding="utf-8").split("\n")) == 1001
+
+
+def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
+    main([*FAST, "--out", str(tmp_path / "again")])
+    assert figures(finished) == figures(tmp_path / "again")
+
+
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(finished, tmp_path, monkeypatch):
+    phases = []
+
+    def kill_after_two(run, path, save=torch.save):
+        save(run, path)
+        phases.append(len(run["models"]))
+        if len(phases) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", kill_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        main([*FAST, "--out", str(tmp_path / "cut")])
+    monkeypatch.undo()
+    main([*FAST, "--out", str(tmp_path / "cut"), "--resume"])
+    assert figures(finished) == figures(tmp_path / "cut")
+
+
+def test_a_saved_model_gives_the_same_samples_and_figures(finished, capsys):
+    capsys.readouterr()
+    before = figures(finished)
+    for _ in range(2):
+        main(["--samples", "5", "--out", str(finished), "--prompt", "the dog", "--seed", "1"])
+    first, second = capsys.readouterr().out.split("\n")[:5], None
+    assert len(first) == 5 and all(line.startswith("the dog") for line in first)
+    main([*FAST, "--out", str(finished), "--resume"])  # nothing is left to train: it measures again
+    assert figures(finished) == before and second is None
+
+
+@pytest.mark.parametrize("flags", [
+    "--disc cnn", "--disc scratch", "--d_loss pairwise", "--reward prob", "--reward ratio",
+    "--pretrain_steps 0 --sft_steps 0", "--rounds 2 --kl_coef 0", "--rounds 0", "--level char",
+    f"--data {ROOT}/tiny_data/curated.txt --grammar {ROOT}/tiny_data/grammar.txt"])
+def test_every_switch_runs(flags, tmp_path):
+    main([*FAST, "--out", str(tmp_path), "--temperatures", "1", *flags.split()])
+    assert (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("level", ["word", "char"])
+def test_text_without_a_grammar_gets_a_judge(level, tmp_path):
+    rng = random.Random(0)
+    lines = [" ".join(rng.choice(["Hark", "who", "goes", "there", "my", "lord,"]) for _ in range(6))
+             for _ in range(300)]
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    main([*FAST, "--data", str(tmp_path / "text.txt"), "--level", level, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    for arm in report["arms"]:
+        assert {"nll", "judge_acc", "novel", "unique"} <= arm.keys() and "js" not in arm
+    assert report["entropy"] is None
+
+
+# ---- bad input: one line that names what is at fault, status 2, nothing written
+
+BAD_GRAMMARS = {
+    "S -> 1 NP runs": "NP", "S -> 1 S": "never ends", "S -> 1 A\nA -> 1 S": "never ends",
+    "S -> 3 S S | 1 a": "never ends", "S -> x a": "line 1", "S -> 0 a": "line 1",
+    "S -> -1 a": "line 1", "S -> nan a": "line 1", "S -> inf a": "line 1", "S -> 1": "line 1",
+    "S 1 a": "line 1",
+    "S -> 1 a |": "line 1", "# nothing": "no rule", "": "no rule", "S -> 1 a\nS -> 1 b": "line 2",
+    "A B -> 1 a": "line 1", "-> 1 a": "line 1"}
+BAD_TEXTS = {b"": "0 different", b"one line\n": "1 different", b"same\n" * 99: "1 different",
+             b"\n\n \n": "0 different", b"\xff\xfe\xfa" * 60: "UTF-8"}
+BAD_FLAGS = {
+    "--preset huge": "preset", "--seed -1": "seed", "--seed x": "seed", "--lr 2": "lr",
+    "--lr nan": "lr", "--temperatures 0": "temperatures", "--temperatures a": "temperatures",
+    "--level syllable": "level", "--reward x": "reward", "--disc rnn": "disc", "--lam 1.5": "lam",
+    "--kl_coef -1": "kl_coef", "--batch_size 1": "batch_size", "--rounds -1": "rounds",
+    "--nonsense 1": "nonsense", "--eval_samples 1": "eval_samples", "--d_steps 0": "d_steps",
+    "--context -3": "context", "--data /no/such/file": "/no/such/file", "--device teapot": "device",
+    "--curated /no/such": "/no/such", "--grammar /no/such": "/no/such", "--samples 3": "model.pt"}
+
+
+def complaint(argv, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_get_one_clear_line(flags, tmp_path, capsys):
+    assert BAD_FLAGS[flags] in complaint([*flags.split(), "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", BAD_GRAMMARS)
+def test_bad_grammars_get_one_clear_line(text, tmp_path, capsys):
+    (tmp_path / "g.txt").write_text(text, encoding="utf-8")
+    err = complaint(["--grammar", str(tmp_path / "g.txt"), "--out", str(tmp_path / "out")], capsys)
+    assert BAD_GRAMMARS[text] in err and "g.txt" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", BAD_TEXTS)
+def test_bad_texts_get_one_clear_line(content, tmp_path, capsys):
+    (tmp_path / "t.txt").write_bytes(content)
+    err = complaint(["--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out")], capsys)
+    assert BAD_TEXTS[content] in err and "t.txt" in err and not (tmp_path / "out").exists()
+
+
+def test_too_many_words_are_told_to_become_characters(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("\n".join(f"w{i} x{i}" for i in range(20001)), encoding="utf-8")
+    assert "--level char" in complaint(["--data", str(tmp_path / "t.txt"), "--out", "x"], capsys)
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_another_configuration(finished, capsys):
+    before = (finished / "model.pt").read_bytes()
+    assert "--resume" in complaint([*FAST, "--out", str(finished)], capsys)
+    err = complaint([*FAST, "--out", str(finished), "--resume", "--seed", "5"], capsys)
+    assert "--seed 5" in err and (finished / "model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
+def test_a_damaged_checkpoint_is_refused(content, tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(content)
+    assert "model.pt" in complaint(["--out", str(tmp_path), "--resume"], capsys)
+    assert "model.pt" in complaint(["--out", str(tmp_path), "--samples", "1"], capsys)
+    assert (tmp_path / "model.pt").read_bytes() == content
+
+
+def test_an_out_folder_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("precious", encoding="utf-8")
+    complaint([*FAST, "--out", str(tmp_path / "file")], capsys)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
+
+
+def test_an_unknown_word_in_a_prompt_is_named(finished, capsys):
+    err = complaint(["--samples", "1", "--out", str(finished), "--prompt", "the zebra"], capsys)
+    assert "zebra" in err
+
+
+# ---- the README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^python gan_lm\.py.*$", README, re.M))))
+def test_every_command_of_the_readme_runs(command, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = shlex.split(command, comments=True)[2:]
+    argv = [str(ROOT / "tiny_data" / "curated.txt") if a.startswith("your") else a for a in argv]
+    if "--samples" in argv:
+        return main([*argv, "--out", str(finished)])
+    main([*argv, *FAST, "--temperatures", "1", "--out", str(tmp_path / "out")])
+
+
+def test_every_function_that_the_readme_names_exists():
+    for name in re.findall(r"`(\w+)\(\)`", README):
+        assert hasattr(gan_lm, name) or hasattr(language, name), name
+    assert likelihood_loss  # the names above are imported for the reader's sake

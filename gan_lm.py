@@ -110,7 +110,7 @@ def to_lines(x, symbols):
 
 
 class Data:
-    """Both texts as ids: [train, val, test], 80/10/10 %; no held-out line is in any train."""
+    """Both texts as ids, each [train, val, test]; no held-out line is in any train."""
 
     def __init__(self, cfg):
         grammar = cfg.grammar or ("" if cfg.data else TINY / "grammar.txt")
@@ -119,9 +119,9 @@ class Data:
         paths = cfg.data or TINY / "messy.txt", cfg.curated or cfg.data or TINY / "curated.txt"
         for lines in map(read_lines, paths):
             random.Random(cfg.seed).shuffle(lines)
-            n = len(lines) // 10
-            texts.append([lines[2 * n:], lines[:n], lines[n:2 * n]])
-            self.seen |= set(lines[2 * n:])
+            n, v = len(lines) // 10, min(len(lines) // 10, 1000)  # of test and val
+            texts.append([lines[n + v:], lines[:v], lines[v:n + v]])
+            self.seen |= set(lines[n + v:])
         lines = [line for text in texts for part in text for line in part]
         words = self.grammar.words if self.grammar else set()
         if odd := [w for w in words - {w for s in lines for w in s.split()} if w[0].isupper()]:

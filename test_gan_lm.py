@@ -25,7 +25,7 @@ from tiny_data import language
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
 ROOT = Path(__file__).resolve().parent
 FAST = ("--preset nano --pretrain_steps 20 --sft_steps 5 --d_steps 8 --g_steps 2 --batch_size 16 "
-        "--eval_samples 60 --temperatures 1 0.8").split()
+        "--eval_samples 60 --context 24 --temperatures 1 0.8").split()
 SMALL = Grammar("S -> 2 N V . | 1 if S then S .\nN -> 3 dogs | 1 the N\nV -> 1 run | 1 see N")
 
 

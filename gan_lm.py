@@ -105,8 +105,8 @@ def to_ids(lines, symbols, cfg):
 
 def to_lines(x, symbols):
     """(N, T+1) ids -> N lines."""
-    rows = (row[:(row + [END]).index(END)] for row in x[:, 1:].tolist())
-    return ["".join(symbols[i] for i in row).strip() for row in rows]
+    cut = [row[:(row + [END]).index(END)] for row in x[:, 1:].tolist()]
+    return ["".join(symbols[i] for i in row).strip() for row in cut]
 
 
 class Data:
@@ -135,10 +135,13 @@ class Data:
         self.messy, self.curated = (
             [to_ids([s for s in part if part is text[0] or s not in self.seen], self.symbols, cfg)
              for part in text] for text in texts)
+        if min(map(len, self.messy + self.curated)) < 4:
+            fail(f"{paths[0]}, {paths[1]}: too few lines to hold out; expected fewer repeats")
 
     def novel(self, x):
-        """The rows that are in no training split."""
-        return x[[line not in self.seen for line in to_lines(x, self.symbols)]]
+        """The rows that are in no training split; all, where hardly one is new."""
+        new = [line not in self.seen for line in to_lines(x, self.symbols)]
+        return x[new] if sum(new) > 3 else x
 
 
 def real_tokens(x):
@@ -399,12 +402,11 @@ def adversarial_phase(model, disc, data, cfg):
     records, (real, val, _) = [], data.curated
     for number in range(1, cfg.rounds + 1):
         ref = disc.ref[0] = deepcopy(model).requires_grad_(False)
-        fake = sample(ref, cfg.batch_size * cfg.d_steps // 2)
-        fake_val = data.novel(sample(ref, 1000))  # held-out text is novel too
-        record = {"round": number, **train_discriminator(disc, real, fake, val, fake_val, cfg)}
+        fake, new = sample(ref, cfg.batch_size * cfg.d_steps // 2), data.novel(sample(ref, 1000))
+        record = {"round": number, **train_discriminator(disc, real, fake, val, new, cfg)}
         if data.grammar:
             record["optimal_acc"] = (1 + measure(ref, 1.0, data, cfg)[0]["tv"].item()) / 2
-        if record["heldout_acc"] > 0.5 + (0.25 / len(val) + 0.25 / len(fake_val)) ** 0.5:
+        if record["heldout_acc"] > 0.5 + (0.25 / len(val) + 0.25 / len(new)) ** 0.5:
             record |= train_generator(model, ref, disc, cfg)
             gain = sequence_logp(model, val) - sequence_logp(ref, val)
             record["heldout_gain"] = gain.mean().item()
@@ -453,8 +455,7 @@ def fresh_judge(model, T, data, cfg):
 
     Of the test lines half train it, a quarter stops it and a quarter is judged."""
     real, fake = data.curated[2], data.novel(sample(model, 2 * len(data.curated[2]), T))
-    if not (n := min(len(real), len(fake)) // 4):
-        return {"judge_acc": math.nan, "judge_se": math.nan}  # the samples are all training lines
+    n = max(1, min(len(real), len(fake)) // 4)
     (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
     judge = PrefixDiscriminator(model).to(cfg.device)
     train_discriminator(judge, r, f, r_val, f_val, replace(cfg, d_steps=cfg.d_steps // 2), "judge")
@@ -463,25 +464,24 @@ def fresh_judge(model, T, data, cfg):
 
 def show_report(arms, out):
     """The table, its answer in a sentence, and the picture where matplotlib is installed."""
-    y, error, cost, gain = (("js", "js_se", "kl", "valid") if "js" in arms[0] else
-                            ("judge_acc", "judge_se", "nll", "novel"))
-    columns = ["temperature", y, error, cost, *["tv", "valid"] * (y == "js"), "novel", "unique"]
+    y, se, x, up = ("js js_se kl valid", "judge_acc judge_se nll novel")["nll" in arms[0]].split()
+    columns = ["temperature", y, se, x, *["tv", "valid"] * (y == "js"), "novel", "unique"]
     print("\n" + " " * 10 + "".join(f"{c:>12}" for c in columns))
     for a in arms:
         print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
     best = {a["name"]: a for a in sorted(arms, key=lambda a: -a[y])}  # the last of a name stays
     gan, other = best["gan"], min(map(best.get, ("mle", "sft", "continued")), key=lambda a: a[y])
-    print(f"\nBest {y} of gan {gan[y]:.3f} +- {gan[error]:.3f}, of likelihood {other[y]:.3f} +- "
-          f"{other[error]:.3f}: the GAN phase", "wins." if gan[y] < other[y] else "does NOT win.")
+    print(f"\nBest {y} of gan {gan[y]:.3f} +- {gan[se]:.3f}, of likelihood {other[y]:.3f} +- "
+          f"{other[se]:.3f}: the GAN phase", "wins." if gan[y] < other[y] else "does NOT win.")
     with suppress(ImportError):
         import matplotlib.pyplot as plt
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
         for name in best:
             column = {c: [a[c] for a in arms if a["name"] == name] for c in columns}
-            left.errorbar(column["temperature"], column[y], column[error], marker="o", label=name)
-            right.plot(column[cost], column[gain], marker="o")
+            left.errorbar(column["temperature"], column[y], column[se], marker="o", label=name)
+            right.plot(column[x], column[up], marker="o")
         left.set(xlabel="sampling temperature", ylabel=f"{y}, lower is better")
-        right.set(xlabel=f"{cost} in nats, lower is better", ylabel=f"{gain}, share of samples")
+        right.set(xlabel=f"{x} in nats, lower is better", ylabel=f"{up}, share of samples")
         left.legend()
         figure.savefig(out / "frontier.png", dpi=120, bbox_inches="tight")
 
@@ -567,7 +567,7 @@ def report(run, cfg, data, out):
 def print_samples(cfg, path):
     run = load(path, cfg)
     saved, symbols = Config(**run["config"] | {"device": cfg.device}), run["symbols"]
-    prompt = tokens_of(cfg.prompt, saved.level) if cfg.prompt else []
+    prompt = tokens_of(cfg.prompt, saved.level)[:saved.context]
     if unknown := [t.strip() for t in prompt if t not in symbols]:
         fail(f"--prompt {cfg.prompt}: {unknown[0]!r} is not in the text that was trained on")
     torch.manual_seed(cfg.seed)

@@ -347,12 +347,13 @@ def train_likelihood(model, texts, steps, lr, cfg):
         held_out=lambda: -sequence_logp(model, texts[1]).mean())
 
 
-def loss_and_accuracy(disc, real, fake):
-    """Of the verdicts on whole sentences, both classes weighted alike; loss ln 2: no signal."""
+def judged(disc, real, fake):
+    """Verdicts on whole sentences -> loss (ln 2: no signal), its standard error, accuracy."""
     r, f = (in_chunks(lambda x: disc(x).gather(1, real_tokens(x).sum(1, True).long() - 1), x)
             for x in (real, fake))
-    return ((F.softplus(-r).mean() + F.softplus(f).mean()).item() / 2,
-            ((r > 0).float().mean() + (f <= 0).float().mean()).item() / 2)
+    a, b, right = F.softplus(-r), F.softplus(f), (r > 0).float().mean() + (f <= 0).float().mean()
+    error = (a.var() / len(a) + b.var() / len(b)).sqrt() / 2  # both classes weigh alike
+    return (a.mean() + b.mean()).item() / 2, error.item(), right.item() / 2
 
 
 def train_discriminator(disc, real, fake, real_val, fake_val, cfg, name="discriminator"):
@@ -368,10 +369,9 @@ def train_discriminator(disc, real, fake, real_val, fake_val, cfg, name="discrim
         return discriminator_loss(disc(x), is_real, real_tokens(x), cfg.d_loss)
 
     fit(disc, cfg.d_steps, cfg.gan_lr, loss, name,
-        held_out=lambda: loss_and_accuracy(disc, real_val, fake_val)[0])
-    loss, accuracy = loss_and_accuracy(disc, real_val, fake_val)
-    train_acc = loss_and_accuracy(disc, real[:2000], fake[:2000])[1]
-    return {"d_loss": loss, "train_acc": train_acc, "heldout_acc": accuracy}
+        held_out=lambda: judged(disc, real_val, fake_val)[0])
+    names, held_out = ("d_loss", "d_loss_se", "heldout_acc"), judged(disc, real_val, fake_val)
+    return {"train_acc": judged(disc, real[:2000], fake[:2000])[2], **dict(zip(names, held_out))}
 
 
 def train_generator(model, ref, disc, cfg):
@@ -397,8 +397,8 @@ def train_generator(model, ref, disc, cfg):
 def adversarial_phase(model, disc, data, cfg):
     """Rounds of: the discriminator against the frozen current model, then the model against it.
 
-    A round is kept only if held-out text says so: D must beat chance there by two standard errors,
-    and the round must not cost held-out likelihood more than one.  Returns a record a round."""
+    A round is kept only if held-out text says so: there D's loss must be three standard errors
+    below chance, and the round must not cost more than one of likelihood.  -> a record a round."""
     records, (real, val, _) = [], data.curated
     for number in range(1, cfg.rounds + 1):
         ref = disc.ref[0] = deepcopy(model).requires_grad_(False)
@@ -406,7 +406,7 @@ def adversarial_phase(model, disc, data, cfg):
         record = {"round": number, **train_discriminator(disc, real, fake, val, new, cfg)}
         if data.grammar:
             record["optimal_acc"] = (1 + measure(ref, 1.0, data, cfg)[0]["tv"].item()) / 2
-        if record["heldout_acc"] > 0.5 + (0.25 / len(val) + 0.25 / len(new)) ** 0.5:
+        if record["d_loss"] < math.log(2) - 3 * record["d_loss_se"]:
             record |= train_generator(model, ref, disc, cfg)
             gain = sequence_logp(model, val) - sequence_logp(ref, val)
             record["heldout_gain"] = gain.mean().item()
@@ -459,7 +459,7 @@ def fresh_judge(model, T, data, cfg):
     (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
     judge = PrefixDiscriminator(model).to(cfg.device)
     train_discriminator(judge, r, f, r_val, f_val, replace(cfg, d_steps=cfg.d_steps // 2), "judge")
-    return {"judge_acc": loss_and_accuracy(judge, r_test, f_test)[1], "judge_se": (8 * n) ** -0.5}
+    return {"judge_acc": judged(judge, r_test, f_test)[2], "judge_se": (8 * n) ** -0.5}
 
 
 def show_report(arms, out):

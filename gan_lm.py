@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.2", "numpy", "tqdm"]
+# dependencies = ["torch>=2.4", "numpy", "tqdm"]
 # ///
 """Do GANs help language models?  One file that answers by measurement.
 
@@ -326,7 +326,7 @@ def policy_gradient_loss(logp, advantage):
 # ---- 6 training phases: one loop, three losses ---------------------------------------------------
 def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
     """AdamW on loss_of_a_batch(); the model ends as at the best of 16 looks at held_out()."""
-    adam = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99))
+    adam = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
     best, state = held_out(), deepcopy(model.state_dict())
     for i in trange(1, steps + 1, desc=name, disable=None):
@@ -505,7 +505,7 @@ def train(run, cfg, data, path):
         torch.manual_seed(100 * cfg.seed + i)
         start, model = time.time(), new_model(run, cfg, origin)
         if name in ("mle", "continued"):  # more MLE, in at least the time of both halves of the GAN
-            steps = [cfg.pretrain_steps, cfg.rounds * (11 * cfg.d_steps + 8 * cfg.g_steps)]
+            steps = [cfg.pretrain_steps, cfg.rounds * (12 * cfg.d_steps + 8 * cfg.g_steps)]
             train_likelihood(model, data.messy, steps[i > 0], cfg.lr, cfg)
         if name in ("sft", "continued"):
             train_likelihood(model, data.curated, cfg.sft_steps, cfg.lr / 8, cfg)

@@ -15,33 +15,28 @@ import pytest
 import torch
 
 import gan_lm
-from gan_lm import (CNNDiscriminator, Config, Data, GPT, Grammar, PrefixDiscriminator, UserError,
+from gan_lm import (CNNDiscriminator, Config, Data, GPT, Grammar, PrefixDiscriminator,
                     adversarial_phase, advantages, batches, discriminator_loss, divergences, fit,
-                    likelihood_loss, main, measure, new_model, parse, policy_gradient_loss,
-                    real_tokens, sample, sequence_logp, to_ids, to_lines, token_logp, token_rewards,
+                    main, measure, new_model, parse, policy_gradient_loss, real_tokens, sample,
+                    sequence_logp, to_ids, to_lines, token_logp, token_rewards,
                     train_discriminator, train_generator, train_likelihood)
 from tiny_data import language
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
 ROOT = Path(__file__).resolve().parent
 FAST = ("--preset nano --pretrain_steps 20 --sft_steps 5 --d_steps 8 --g_steps 2 --batch_size 16 "
-        "--eval_samples 60 --context 24 --temperatures 1 0.8").split()
+        "--eval_samples 60 --context 24 --device cpu --temperatures 1 0.8").split()
 SMALL = Grammar("S -> 2 N V . | 1 if S then S .\nN -> 3 dogs | 1 the N\nV -> 1 run | 1 see N")
 
 
 @pytest.fixture(scope="module")
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(scope="module")
 def data():
-    return Data(parse([]))
+    return Data(parse(["--device", "cpu"]))
 
 
-def tiny_gpt(V=7, context=8, seed=0, device="cpu"):
+def tiny_gpt(V=7, context=8, seed=0):
     torch.manual_seed(seed)
-    model = GPT(V, context, 2, 64).to(device).eval()
+    model = GPT(V, context, 2, 64).eval()
     for p in model.parameters():  # far from uniform
         p.data += 0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5
     return model
@@ -176,8 +171,8 @@ def test_longer_lines_are_cut_and_counted(tmp_path, capsys):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"{i:03} " + "x" * i for i in range(100)), encoding="utf-8")
     data = Data(parse(["--data", str(path), "--level", "char", "--context", "20"]))
-    assert "84 of" in capsys.readouterr().out or data.messy[0].shape[1] == 21
     assert data.messy[0].shape[1] == 21
+    assert re.search(r"\d+ of \d+ lines were cut", capsys.readouterr().out)
 
 
 def test_bom_crlf_and_blank_lines_do_no_harm(tmp_path):
@@ -338,7 +333,7 @@ def test_discriminator_losses_have_their_optimum_at_the_log_ratio():
 
 def test_likelihood_training_ends_at_its_best_look_at_held_out_text(data):
     torch.manual_seed(0)
-    cfg = parse(["--batch_size", "16"])
+    cfg = parse(["--batch_size", "16", "--device", "cpu"])
     model = GPT(len(data.symbols), 64, 1, 32)
     before = -sequence_logp(model, data.curated[1]).mean()
     train_likelihood(model, data.curated, 30, 1e-2, cfg)
@@ -385,7 +380,7 @@ def test_where_the_discriminator_is_at_chance_the_phase_leaves_the_model_alone(d
 
 
 def test_the_adversarial_phase_lowers_js(data, capsys):
-    cfg = parse("--batch_size 64 --d_steps 250 --g_steps 60 --eval_samples 1000".split())
+    cfg = parse("--device cpu --d_steps 250 --g_steps 60 --eval_samples 1000".split())
     torch.manual_seed(0)
     model = new_model({"symbols": data.symbols}, cfg)
     train_likelihood(model, data.messy, 900, 4e-3, cfg)
@@ -469,20 +464,19 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(finished, tmp_path, 
 
 
 def test_a_saved_model_gives_the_same_samples_and_figures(finished, capsys):
-    capsys.readouterr()
-    before = figures(finished)
+    before, printed = figures(finished), []
     for _ in range(2):
+        capsys.readouterr()
         main(["--samples", "5", "--out", str(finished), "--prompt", "the dog", "--seed", "1"])
-    first, second = capsys.readouterr().out.split("\n")[:5], None
-    assert len(first) == 5 and all(line.startswith("the dog") for line in first)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].count("\n") == 5
+    assert all(line.startswith("the dog") for line in printed[0].split("\n")[:5])
     main([*FAST, "--out", str(finished), "--resume"])  # nothing is left to train: it measures again
-    assert figures(finished) == before and second is None
+    assert figures(finished) == before
 
 
-@pytest.mark.parametrize("flags", [
-    "--disc cnn", "--disc scratch", "--d_loss pairwise", "--reward prob", "--reward ratio",
-    "--pretrain_steps 0 --sft_steps 0", "--rounds 2 --kl_coef 0", "--rounds 0", "--level char",
-    f"--data {ROOT}/tiny_data/curated.txt --grammar {ROOT}/tiny_data/grammar.txt"])
+@pytest.mark.parametrize("flags", [  # the other switches are commands of the README, run below
+    "--reward ratio", "--rounds 2 --lam 1", "--rounds 0", "--level char"])
 def test_every_switch_runs(flags, tmp_path):
     main([*FAST, "--out", str(tmp_path), "--temperatures", "1", *flags.split()])
     assert (tmp_path / "report.json").exists()
@@ -600,4 +594,3 @@ def test_every_command_of_the_readme_runs(command, finished, tmp_path, monkeypat
 def test_every_function_that_the_readme_names_exists():
     for name in re.findall(r"`(\w+)\(\)`", README):
         assert hasattr(gan_lm, name) or hasattr(language, name), name
-    assert likelihood_loss  # the names above are imported for the reader's sake

@@ -471,8 +471,8 @@ def show_report(arms, out):
         print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
     best = {a["name"]: a for a in sorted(arms, key=lambda a: -a[y])}  # the last of a name stays
     gan, other = best["gan"], min(map(best.get, ("mle", "sft", "continued")), key=lambda a: a[y])
-    print(f"\nBest {y} of gan {gan[y]:.3f} +- {gan[se]:.3f}, of likelihood {other[y]:.3f} +- "
-          f"{other[se]:.3f}: the GAN phase", "wins." if gan[y] < other[y] else "does NOT win.")
+    verdict = "wins" if other[y] - gan[y] > 2 * math.hypot(gan[se], other[se]) else "does NOT win"
+    print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}: the GAN phase {verdict}.")
     with suppress(ImportError):
         import matplotlib.pyplot as plt
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))

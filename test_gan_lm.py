@@ -380,10 +380,10 @@ def test_where_the_discriminator_is_at_chance_the_phase_leaves_the_model_alone(d
 
 
 def test_the_adversarial_phase_lowers_js(data, capsys):
-    cfg = parse("--device cpu --d_steps 250 --g_steps 60 --eval_samples 1000".split())
+    cfg = parse("--device cpu --d_steps 400 --g_steps 60 --eval_samples 1000".split())
     torch.manual_seed(0)
     model = new_model({"symbols": data.symbols}, cfg)
-    train_likelihood(model, data.messy, 900, 4e-3, cfg)
+    train_likelihood(model, data.messy, 1500, 4e-3, cfg)
     before = measure(model, 1.0, data, cfg)[0]
     adversarial_phase(model, PrefixDiscriminator(model), data, cfg)
     after = measure(model, 1.0, data, cfg)[0]

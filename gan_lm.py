@@ -455,7 +455,7 @@ def fresh_judge(model, T, data, cfg):
 
     Of the test lines half train it, a quarter stops it and a quarter is judged."""
     real, fake = data.curated[2], data.novel(sample(model, 2 * len(data.curated[2]), T))
-    n = max(1, min(len(real), len(fake)) // 4)
+    n = min(len(real), len(fake)) // 4  # Data and novel() leave at least 4 of each
     (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
     judge = PrefixDiscriminator(model).to(cfg.device)
     train_discriminator(judge, r, f, r_val, f_val, replace(cfg, d_steps=cfg.d_steps // 2), "judge")
@@ -504,7 +504,7 @@ def train(run, cfg, data, path):
         print(f"\n{name}" + f", from {origin}" * bool(origin), flush=True)
         torch.manual_seed(100 * cfg.seed + i)
         start, model = time.time(), new_model(run, cfg, origin)
-        if name in ("mle", "continued"):  # more MLE, in at least the time of both halves of the GAN
+        if name in ("mle", "continued"):  # more MLE, in about the time of the GAN
             steps = [cfg.pretrain_steps, cfg.rounds * (12 * cfg.d_steps + 8 * cfg.g_steps)]
             train_likelihood(model, data.messy, steps[i > 0], cfg.lr, cfg)
         if name in ("sft", "continued"):

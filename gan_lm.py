@@ -17,10 +17,10 @@ Added: an anchor, the KL to the model that D was trained against.  Freeze D, and
 Map: 1 configuration  2 data  3 generator  4 discriminators  5 objectives  6 training phases
      7 measurement  8 main      Shapes: B batch, T time, C channels, V vocabulary
 """
-import argparse, json, math, os, random, sys, time  # noqa: E401
+import json, math, sys, time  # noqa: E401
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +28,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import trange
-from tiny_data.language import Grammar, UserError, fail, read, read_lines, tokens_of
+from tiny_data.language import Grammar, load_texts, read, tokens_of
+from tiny_data.plumbing import (average, fail, flag, flags_of, join_torchrun, leave_torchrun,
+                                one_line_errors, ranks, save)
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
 CHIPS = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
+LIKELIHOOD = "mle", "sft", "mixed", "continued"  # the arms that have no GAN in them
 END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
 
 
 # ---- 1 configuration: each field is a flag of the same name --------------------------------------
-def flag(default, text, ok=None):  # ok: a list of choices or a tuple (lowest, highest)
-    return field(default=default, metadata=dict(text=text, ok=ok))
-
-
 PRESETS = {"nano": (1, 1, 64), "tiny": (2, 2, 64), "small": (4, 4, 64),  # layers, heads, context
            "medium": (8, 16, 64), "large": (12, 24, 256)}
 
@@ -47,8 +46,7 @@ PRESETS = {"nano": (1, 1, 64), "tiny": (2, 2, 64), "small": (4, 4, 64),  # layer
 @dataclass
 class Config:
     """Everything a run depends on.  The defaults are the run that the README shows."""
-    preset: str = flag("tiny", "size of the models", [*PRESETS])
-    data: str = flag("", "text to pretrain on, a sequence a line; none: tiny_data/messy.txt")
+    data: str = flag("", "text to pretrain on; none: tiny_data/messy.txt", None, "the run")
     curated: str = flag("", "text to sharpen towards; none: --data, or tiny_data/curated.txt")
     grammar: str = flag("", "grammar of --curated; none: none, or tiny_data/grammar.txt")
     level: str = flag("word", "what a token is", ["word", "char"])
@@ -56,43 +54,30 @@ class Config:
     resume: bool = flag(False, "go on with the run in --out after its last finished phase")
     seed: int = flag(0, "same seed, same machine: same numbers", (0, 10**6))
     device: str = flag("cuda" if "cuda" in CHIPS else "cpu", "of those at hand", CHIPS)
+    preset: str = flag("tiny", "size of the models", [*PRESETS])
     context: int = flag(0, "longest sequence in tokens, the rest is cut; 0: as preset", (0, 4096))
     batch_size: int = flag(64, "sequences a step; GAN steps take four such batches", (2, 10**6))
-    pretrain_steps: int = flag(4000, "MLE steps; 0: the GAN starts from scratch", (0, 10**9))
+    pretrain_steps: int = flag(4000, "MLE steps on --data", (0, 10**9), "training by likelihood")
     lr: float = flag(4e-3, "peak learning rate of MLE; an eighth for SFT", (0, 1))
     sft_steps: int = flag(600, "SFT steps on --curated", (0, 10**9))
+    continued: float = flag(1.0, "length of the rival arm `continued`, in the GAN's", (0, 1000))
+    rounds: int = flag(1, "turns of both networks; 0: no GAN", (0, 1000), "the adversarial phase")
     disc: str = flag("lm", "D starts as the LM, from scratch, or a CNN", ["lm", "scratch", "cnn"])
     d_loss: str = flag("bce", "the GAN's loss or the reward model's", ["bce", "pairwise"])
-    d_steps: int = flag(300, "discriminator steps a round", (1, 10**9))
-    rounds: int = flag(1, "turns of discriminator and generator; 0: no GAN", (0, 1000))
+    d_steps: int = flag(200, "discriminator steps a round", (1, 10**9))
     g_steps: int = flag(300, "policy-gradient steps a round", (1, 10**9))
     gan_lr: float = flag(3e-3, "peak learning rate of both", (0, 1))
     reward: str = flag("logit", "log D/(1-D), D, or D/(1-D)", ["logit", "prob", "ratio"])
     kl_coef: float = flag(1.0, "weight of the anchor; 1 is what the GAN says", (0, 1000))
     lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", (0, 1))
-    temperatures: tuple = flag((1.0, 0.9, 0.8, 0.7), "to measure each model at", (0.01, 100))
+    temperatures: tuple = flag((1.0, 0.9, 0.8, 0.7), "of samples", (0.01, 100), "measurement")
     eval_samples: int = flag(2000, "samples a side for each figure", (10, 10**7))
-    samples: int = flag(0, "only print this many samples of the model in --out", (0, 10**7))
+    samples: int = flag(0, "only print so many", (0, 10**7), "samples of the model in --out")
     prompt: str = flag("", "how each of --samples begins")
     temperature: float = flag(1.0, "of --samples and of samples.txt", (0.01, 100))
 
-
-def parse(argv=None):
-    """Command line -> Config.  Names the flag at fault and what it accepts."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail
-    for f in fields(Config):
-        kind, ok = type(f.default), f.metadata["ok"]
-        how = dict(type=kind, choices=ok if isinstance(ok, list) else None)
-        how = {bool: dict(action="store_true"), tuple: dict(type=float, nargs="+")}.get(kind, how)
-        parser.add_argument("--" + f.name, default=f.default, help=f.metadata["text"], **how)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    for f in fields(Config):
-        value, ok = getattr(cfg, f.name), f.metadata["ok"]
-        if isinstance(ok, tuple) and not all(ok[0] <= v <= ok[1] for v in np.atleast_1d(value)):
-            fail(f"argument --{f.name}: {value}: expected {ok[0]} to {ok[1]}")
-    cfg.context = cfg.context or PRESETS[cfg.preset][2]
-    return cfg
+    def __post_init__(self):
+        self.context = self.context or PRESETS[self.preset][2]
 
 
 # ---- 2 data: lines of text <-> (N, T+1) token ids ------------------------------------------------
@@ -105,8 +90,8 @@ def to_ids(lines, symbols, cfg):
 
 def to_lines(x, symbols):
     """(N, T+1) ids -> N lines."""
-    cut = [row[:(row + [END]).index(END)] for row in x[:, 1:].tolist()]
-    return ["".join(symbols[i] for i in row).strip() for row in cut]
+    return ["".join(symbols[i] for i in row[:(row + [END]).index(END)]).strip()
+            for row in x[:, 1:].tolist()]
 
 
 class Data:
@@ -114,29 +99,14 @@ class Data:
 
     def __init__(self, cfg):
         grammar = cfg.grammar or ("" if cfg.data else TINY / "grammar.txt")
-        self.grammar = Grammar(read(grammar), grammar) if grammar else None
-        texts, self.seen = [], set()
         paths = cfg.data or TINY / "messy.txt", cfg.curated or cfg.data or TINY / "curated.txt"
-        for lines in map(read_lines, paths):
-            random.Random(cfg.seed).shuffle(lines)
-            n, v = len(lines) // 10, min(len(lines) // 10, 1000)  # of test and val
-            texts.append([lines[n + v:], lines[:v], lines[v:n + v]])
-            self.seen |= set(lines[n + v:])
-        lines = [line for text in texts for part in text for line in part]
-        words = self.grammar.words if self.grammar else set()
-        if odd := [w for w in words - {w for s in lines for w in s.split()} if w[0].isupper()]:
-            fail(f"{grammar}: {odd[0]!r} has no rule and is no word of the texts; expected a rule")
-        tokens = [tokens_of(line, cfg.level) for line in (*lines, *words)]
-        self.symbols = ["", *sorted({t for line in tokens for t in line})]
-        if len(self.symbols) > 20000:
-            fail(f"--level {cfg.level}: over 20000 different tokens: try --level char or less text")
-        if cut := sum(len(line) > cfg.context for line in tokens):
-            print(f"{cut} of {len(lines)} lines were cut to --context {cfg.context} tokens")
+        self.grammar = Grammar(read(grammar), grammar) if grammar else None
+        self.symbols, self.seen, texts = load_texts(paths, self.grammar, cfg)
         self.messy, self.curated = (
-            [to_ids([s for s in part if part is text[0] or s not in self.seen], self.symbols, cfg)
-             for part in text] for text in texts)
-        if min(map(len, self.messy + self.curated)) < 4:
-            fail(f"{paths[0]}, {paths[1]}: too few lines to hold out; expected fewer repeats")
+            [to_ids(part, self.symbols, cfg) for part in text] for text in texts)
+        if self.grammar:  # the same true sentences for every figure, and their exact log p
+            truth = self.grammar.samples(cfg.eval_samples, cfg.seed + 10**6)
+            self.truth = to_ids(truth, self.symbols, cfg), self.grammar.logps(truth)
 
     def novel(self, x):
         """The rows that are in no training split; all, where hardly one is new."""
@@ -155,11 +125,12 @@ def trim(x):
 
 def batches(x, size, *labels):
     """Endless shuffled batches, each of rows of like length, so that little padding is computed."""
-    length, size = real_tokens(x).sum(1), min(size, len(x))
+    length, (rank, world) = real_tokens(x).sum(1), ranks()  # a process takes its part of a batch
+    size = min(size * world, len(x))
     while True:
         for rows in torch.randperm(len(x), device=x.device).split(size * 16):
             parts = rows[length[rows].argsort()][:len(rows) // size * size].view(-1, size)
-            for part in parts[torch.randperm(len(parts))]:
+            for part in parts[torch.randperm(len(parts)), rank::world]:
                 yield trim(x[part]), *(label[part] for label in labels)
 
 
@@ -167,9 +138,9 @@ def batches(x, size, *labels):
 class GPT(nn.Module):
     """Pre-norm transformer (Radford et al. 2019); its head is its token embedding, transposed."""
 
-    def __init__(self, V, context, n_layer, C, dropout=0.0):
+    def __init__(self, V, context, n_layer, C):
         super().__init__()
-        self.shape, self.drop = (V, context, n_layer, C), nn.Dropout(dropout)
+        self.shape = V, context, n_layer, C
         self.token, self.position = nn.Embedding(V, C), nn.Embedding(context + 1, C)
         self.layers = nn.ModuleList(nn.ModuleList([
             nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 3 * C)), nn.Linear(C, C),
@@ -189,8 +160,8 @@ class GPT(nn.Module):
             if cache is not None:
                 cache[i] = k, v
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, heads, T, 32)
-            h = h + self.drop(out(y.transpose(1, 2).reshape(B, T, -1)))
-            h = h + self.drop(mlp(h))
+            h = h + out(y.transpose(1, 2).reshape(B, T, -1))
+            h = h + mlp(h)
         return self.ln(h)
 
     def forward(self, x, cache=None):  # (B, T) ids -> (B, T, V) logits of the token after each
@@ -243,12 +214,10 @@ class PrefixDiscriminator(GPT):
     where q_ref is wrong, not the language."""
 
     def __init__(self, ref):
-        super().__init__(*ref.shape, dropout=0.1)
+        super().__init__(*ref.shape)
         self.load_state_dict(ref.state_dict())
         C, self.ref = ref.shape[-1], [ref]  # in a list: no part of D's parameters
         self.hints, self.head = nn.Linear(2, C), nn.Linear(C, 1)
-        for p in (*self.hints.parameters(), *self.head.parameters()):
-            nn.init.zeros_(p)  # the first verdict is 0: no opinion
 
     def forward(self, x):
         with torch.no_grad():
@@ -264,7 +233,7 @@ class CNNDiscriminator(nn.Module):
         super().__init__()
         V, _, _, C = ref.shape
         self.ref, self.token = [ref], nn.Embedding(V, C)
-        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(C * len(widths), 1))
+        self.head = nn.Linear(C * len(widths), 1)
         self.convolutions = nn.ModuleList(nn.Conv1d(C, C, w, padding=w - 1) for w in widths)
 
     def forward(self, x):
@@ -330,11 +299,12 @@ def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
     best, state = held_out(), deepcopy(model.state_dict())
     for i in trange(1, steps + 1, desc=name, disable=None):
-        model.train()
         loss_of_a_batch().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        average([p.grad for p in model.parameters() if p.grad is not None])
+        if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+            print(f"{name}: no finite gradient at step {i}; back to the best model before it")
+            break
         adam.step(), rate.step(), adam.zero_grad()
-        model.eval()
         if (i % math.ceil(steps / 16) == 0 or i == steps) and (now := held_out()) <= best:
             best, state = now, deepcopy(model.state_dict())
     model.load_state_dict(state)
@@ -347,13 +317,21 @@ def train_likelihood(model, texts, steps, lr, cfg):
         held_out=lambda: -sequence_logp(model, texts[1]).mean())
 
 
+def verdict(disc, x):
+    """D's logit on whole sentences, (B, T+1) ids -> (B,)."""
+    return in_chunks(lambda x: disc(x).gather(1, real_tokens(x).sum(1, True).long() - 1)[:, 0], x)
+
+
 def judged(disc, real, fake):
-    """Verdicts on whole sentences -> loss (ln 2: no signal), its standard error, accuracy."""
-    r, f = (in_chunks(lambda x: disc(x).gather(1, real_tokens(x).sum(1, True).long() - 1), x)
-            for x in (real, fake))
-    a, b, right = F.softplus(-r), F.softplus(f), (r > 0).float().mean() + (f <= 0).float().mean()
-    error = (a.var() / len(a) + b.var() / len(b)).sqrt() / 2  # both classes weigh alike
-    return (a.mean() + b.mean()).item() / 2, error.item(), right.item() / 2
+    """D's record on whole sentences: loss (ln 2: no signal), its standard error, accuracy.
+
+    1 - loss / ln 2 is the part of the JS between the two, in bits, that D has found."""
+    r, f = verdict(disc, real), verdict(disc, fake)
+    middle = (r.mean() + f.mean()) / 2  # a constant in the logit changes no reward: forgiven
+    a, b, right = F.softplus(middle - r), F.softplus(f - middle), (r > middle).float().mean()
+    error = (a.var() / len(a) + b.var() / len(b)).sqrt()  # both classes weigh alike
+    values = torch.stack([a.mean() + b.mean(), error, right + (f <= middle).float().mean()]) / 2
+    return dict(zip(("d_loss", "d_loss_se", "heldout_acc"), values.tolist()))
 
 
 def train_discriminator(disc, real, fake, real_val, fake_val, cfg, name="discriminator"):
@@ -369,9 +347,10 @@ def train_discriminator(disc, real, fake, real_val, fake_val, cfg, name="discrim
         return discriminator_loss(disc(x), is_real, real_tokens(x), cfg.d_loss)
 
     fit(disc, cfg.d_steps, cfg.gan_lr, loss, name,
-        held_out=lambda: judged(disc, real_val, fake_val)[0])
-    names, held_out = ("d_loss", "d_loss_se", "heldout_acc"), judged(disc, real_val, fake_val)
-    return {"train_acc": judged(disc, real[:2000], fake[:2000])[2], **dict(zip(names, held_out))}
+        held_out=lambda: judged(disc, real_val, fake_val)["d_loss"])
+    train = judged(disc, real[:2000], fake[:2000])
+    train = {"train_loss": train["d_loss"], "train_acc": train["heldout_acc"]}
+    return train | judged(disc, real_val, fake_val)
 
 
 def train_generator(model, ref, disc, cfg):
@@ -389,7 +368,9 @@ def train_generator(model, ref, disc, cfg):
             stats.append([v.sum().item() / len(x) for v in (rewards, logp - logp_ref, -logp, mask)])
         return total
 
-    fit(model, cfg.g_steps, cfg.gan_lr, loss, "generator")
+    with torch.random.fork_rng():  # under torchrun each process draws samples of its own
+        torch.manual_seed(torch.initial_seed() + 1 + ranks()[0])
+        fit(model, cfg.g_steps, cfg.gan_lr, loss, "generator")
     ends = [np.mean(part, 0).tolist() for part in (stats[:40], stats[-40:])]  # of 10 steps each
     return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), zip(*ends)))
 
@@ -397,23 +378,32 @@ def train_generator(model, ref, disc, cfg):
 def adversarial_phase(model, disc, data, cfg):
     """Rounds of: the discriminator against the frozen current model, then the model against it.
 
-    A round is kept only if held-out text says so: there D's loss must be three standard errors
+    A round is kept only if held-out text says so: there D's loss must be two standard errors
     below chance, and the round must not cost more than one of likelihood.  -> a record a round."""
     records, (real, val, _) = [], data.curated
     for number in range(1, cfg.rounds + 1):
         ref = disc.ref[0] = deepcopy(model).requires_grad_(False)
         fake, new = sample(ref, cfg.batch_size * cfg.d_steps // 2), data.novel(sample(ref, 1000))
         record = {"round": number, **train_discriminator(disc, real, fake, val, new, cfg)}
-        if data.grammar:
-            record["optimal_acc"] = (1 + measure(ref, 1.0, data, cfg)[0]["tv"].item()) / 2
-        if record["d_loss"] < math.log(2) - 3 * record["d_loss_se"]:
+        chance = record["d_loss"] > math.log(2) - 2 * record["d_loss_se"]
+        why = "D is at chance on held-out pairs" if chance else ""
+        if not chance:
             record |= train_generator(model, ref, disc, cfg)
             gain = sequence_logp(model, val) - sequence_logp(ref, val)
-            record["heldout_gain"] = gain.mean().item()
-        record["kept"] = "reward" in record and (gain.mean() > -gain.std() / len(val) ** 0.5).item()
-        print("\n".join(f"  {k:12} {np.round(np.float64(v), 3)}" for k, v in record.items()))
-        records.append(record)
-        if not record["kept"]:
+            record |= {"unique": len(sample(model, 1000).unique(dim=0)) / 1000,
+                       "heldout_gain": gain.mean().item()}
+            if gain.mean() < -2 * gain.std() / len(val) ** 0.5:
+                why = "held-out text became less likely"
+            if record["unique"] < 0.5:
+                why = "the samples collapsed"
+        if data.grammar:
+            before, after = (measure(m, 1.0, data, cfg)[0] for m in (ref, model))
+            record |= {"js": [before["js"].item(), after["js"].item()],
+                       "optimal_acc": (1 + before["tv"].item()) / 2}
+        records.append(record | {"kept": not why, "why": why or "held-out text says so"})
+        print("\n".join(f"  {k:12} {v if k == 'why' else np.round(np.float64(v), 3)}"
+                        for k, v in records[-1].items()))
+        if why:
             model.load_state_dict(ref.state_dict())
             break
     return records
@@ -432,34 +422,44 @@ def divergences(logp_p, logq_p, logp_q, logq_q):
             "js_se": math.sqrt(sum(a.var() / len(a) for a in js)) / 2, "tv": sum(tv) / 2}
 
 
-def measure(model, T, data, cfg):
-    """A row of the report for `model` at temperature T, and the samples that it was measured on."""
-    start, x = time.time(), sample(model, cfg.eval_samples, T)
-    speed, lines = real_tokens(x).sum().item() / (time.time() - start), to_lines(x, data.symbols)
+def measure(model, T, data, cfg, disc=None):
+    """A row of the report for `model` at temperature T, and the samples that it was measured on.
+
+    With `disc` the model stays as it is and its samples are re-ranked: of four times as many, some
+    are drawn in proportion to D/(1-D), towards q D/(1-D) / Z (Deng et al. 2020)."""
+    x, log_z = sample(model, cfg.eval_samples * (4 if disc else 1), T), 0.0
+    if disc:
+        weight = verdict(disc, x)
+        log_z = weight.logsumexp(0) - math.log(len(x))
+        x = x[weight.softmax(0).multinomial(cfg.eval_samples)]
+
+    def logq(x):
+        logp = sequence_logp(model, x, T) + (verdict(disc, x) - log_z if disc else 0.0)
+        return logp.double().cpu().numpy()
+
+    lines = to_lines(x, data.symbols)
     row = {"temperature": T, "novel": np.mean([s not in data.seen for s in lines]),
-           "unique": len(set(lines)) / len(lines), "tokens_per_s": speed}
+           "unique": len(set(lines)) / len(lines)}
     if not data.grammar:
-        row["nll"] = -sequence_logp(model, data.curated[2], T).mean().item()  # nats a sequence
-        return row | fresh_judge(model, T, data, cfg), lines
-    rng = random.Random(cfg.seed + 10**6)  # the same true sentences for every model
-    truth = [data.grammar.sample(rng) for _ in range(cfg.eval_samples)]
-    logp = [np.array([*map(data.grammar.logp, text)]) for text in (truth, lines)]
-    logq = [sequence_logp(model, ids, T).double().cpu().numpy()
-            for ids in (to_ids(truth, data.symbols, cfg), x)]
-    row |= {"valid": np.isfinite(logp[1]).mean(), "entropy": -logp[0].mean()}
-    return row | divergences(logp[0], logq[0], logp[1], logq[1]), lines
+        row["nll"] = -logq(data.curated[2]).mean()  # nats a sequence
+        return row | fresh_judge(model, x, data, cfg), lines
+    (truth, logp_p), logp_q = data.truth, data.grammar.logps(lines)
+    valid = np.isfinite(logp_q)
+    row |= {"valid": valid.mean(), "valid_logp": logp_q[valid].mean() if valid.any() else 0.0}
+    return row | divergences(logp_p, logq(truth), logp_q, logq(x)), lines
 
 
-def fresh_judge(model, T, data, cfg):
+def fresh_judge(model, x, data, cfg):
     """A discriminator that has met neither side yet: its accuracy on unseen pairs, 0.5 is perfect.
 
-    Of the test lines half train it, a quarter stops it and a quarter is judged."""
-    real, fake = data.curated[2], data.novel(sample(model, 2 * len(data.curated[2]), T))
+    Of the test lines, and as many samples x, half train it, a quarter stops it, a quarter is
+    judged."""
+    real, fake = data.curated[2], data.novel(x)
     n = min(len(real), len(fake)) // 4  # Data and novel() leave at least 4 of each
     (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
     judge = PrefixDiscriminator(model).to(cfg.device)
     train_discriminator(judge, r, f, r_val, f_val, replace(cfg, d_steps=cfg.d_steps // 2), "judge")
-    return {"judge_acc": judged(judge, r_test, f_test)[2], "judge_se": (8 * n) ** -0.5}
+    return {"judge_acc": judged(judge, r_test, f_test)["heldout_acc"], "judge_se": (8 * n) ** -0.5}
 
 
 def show_report(arms, out):
@@ -470,19 +470,18 @@ def show_report(arms, out):
     for a in arms:
         print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
     best = {a["name"]: a for a in sorted(arms, key=lambda a: -a[y])}  # the last of a name stays
-    gan, other = best["gan"], min(map(best.get, ("mle", "sft", "continued")), key=lambda a: a[y])
+    gan, other = best["gan"], min(map(best.get, LIKELIHOOD), key=lambda a: a[y])
     verdict = "wins" if other[y] - gan[y] > 2 * math.hypot(gan[se], other[se]) else "does NOT win"
     print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}: the GAN phase {verdict}.")
     with suppress(ImportError):
         import matplotlib.pyplot as plt
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
-        for name in best:
-            column = {c: [a[c] for a in arms if a["name"] == name] for c in columns}
-            left.errorbar(column["temperature"], column[y], column[se], marker="o", label=name)
-            right.plot(column[x], column[up], marker="o")
-        left.set(xlabel="sampling temperature", ylabel=f"{y}, lower is better")
-        right.set(xlabel=f"{x} in nats, lower is better", ylabel=f"{up}, share of samples")
-        left.legend()
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+        for axis, h, v in zip(axes, ("temperature", x), (y, up)):
+            for name in best:
+                rows = [(a[h], a[v], a[se] * (v == y)) for a in arms if a["name"] == name]
+                axis.errorbar(*zip(*rows), marker="o", label=name)
+            axis.set(xlabel=h, ylabel=v)
+        axes[0].legend()
         figure.savefig(out / "frontier.png", dpi=120, bbox_inches="tight")
 
 
@@ -491,36 +490,45 @@ def new_model(run, cfg, name=None):
     n_layer, n_head, _ = PRESETS[cfg.preset]
     model = GPT(len(run["symbols"]), cfg.context, n_layer, 32 * n_head).to(cfg.device)
     model.load_state_dict(run["models"][name] if name else model.state_dict())
-    return model.eval()
+    return model
+
+
+def new_disc(run, cfg, name):
+    """The discriminator so far; the first one is made from the model of that name."""
+    kind = CNNDiscriminator if cfg.disc == "cnn" else PrefixDiscriminator
+    disc = kind(new_model(run, cfg, name)).to(cfg.device)
+    disc.load_state_dict(run["models"].get("disc", disc.state_dict()))
+    return disc
 
 
 def train(run, cfg, data, path):
     """Fill run["models"], each the model that a phase ended with; what is there is skipped."""
-    models = run["models"]
-    origins = {"mle": None, "sft": "mle", "gan_mle": "mle", "gan": "sft", "continued": "mle"}
-    for i, (name, origin) in enumerate(origins.items()):
+    models, times = run["models"], max(1, len(data.messy[0]) // len(data.curated[0]))
+    mixed = [torch.cat([data.messy[0], data.curated[0].repeat(times, 1)]), data.curated[1]]
+    more = int(cfg.continued * cfg.rounds * (12 * cfg.d_steps + 8 * cfg.g_steps))  # the GAN's time
+    sft = data.curated, cfg.sft_steps, cfg.lr / 8
+    phases = {"mle": (None, [(data.messy, cfg.pretrain_steps, cfg.lr)]),  # name: (origin, courses)
+              "sft": ("mle", [sft]), "gan_mle": ("mle", []), "gan": ("sft", []),
+              "continued": ("mle", [(data.messy, more, cfg.lr), sft]),
+              "mixed": ("mle", [(mixed, 2 * cfg.sft_steps, cfg.lr / 8)])}
+    for i, (name, (origin, courses)) in enumerate(phases.items()):
         if name in models:
             continue
         print(f"\n{name}" + f", from {origin}" * bool(origin), flush=True)
         torch.manual_seed(100 * cfg.seed + i)
         start, model = time.time(), new_model(run, cfg, origin)
-        if name in ("mle", "continued"):  # more MLE, in about the time of the GAN
-            steps = [cfg.pretrain_steps, cfg.rounds * (12 * cfg.d_steps + 8 * cfg.g_steps)]
-            train_likelihood(model, data.messy, steps[i > 0], cfg.lr, cfg)
-        if name in ("sft", "continued"):
-            train_likelihood(model, data.curated, cfg.sft_steps, cfg.lr / 8, cfg)
-        if name in ("gan_mle", "gan"):
-            kind = CNNDiscriminator if cfg.disc == "cnn" else PrefixDiscriminator
-            disc = kind(new_model(run, cfg, origin if cfg.disc == "lm" else None)).to(cfg.device)
+        for course in courses:
+            train_likelihood(model, *course, cfg)
+        if not courses:
             # D goes on from samples of MLE to the harder ones of SFT: a cold start there is lost
-            disc.load_state_dict(models.get("disc", disc.state_dict()))
+            disc = new_disc(run, cfg, origin if cfg.disc == "lm" else None)
             records = adversarial_phase(model, disc, data, cfg)
             run["discriminator"] += [{"phase": name} | record for record in records]
-            models["disc"] = disc.state_dict()
+            models |= {"disc": disc.state_dict(), "judged": disc.ref[0].state_dict()}
         phase = {"mle": "pretrain", "gan": "adversarial"}.get(name, name)
         models[name], run["timing"][phase + "_s"] = model.state_dict(), time.time() - start
-        torch.save(run, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)  # a kill in the middle leaves the last one whole
+        if ranks()[0] == 0:
+            save(run, path)
 
 
 def load(path, cfg):
@@ -539,27 +547,30 @@ def report(run, cfg, data, out):
     """Measure every model at every temperature; print, draw and write what comes out."""
     torch.manual_seed(cfg.seed)
     arms, timing, start = [], dict(run["timing"]), time.time()
-    for name in ("mle", "sft", "continued", "gan_mle", "gan"):
-        model = new_model(run, cfg, name)
-        rows = [measure(model, T, data, cfg) for T in cfg.temperatures]
+    for name in (*LIKELIHOOD, "gan_mle", "gan", *["reranked"] * (cfg.rounds > 0)):
+        model = new_model(run, cfg, "judged" if name == "reranked" else name)
+        disc = new_disc(run, cfg, "judged") if name == "reranked" else None
+        rows = [measure(model, T, data, cfg, disc) for T in cfg.temperatures]
         arms += [{"name": name, **row} for row, _ in rows]
         print(f"\n{name} says" + (", * what the grammar could not:" if data.grammar else ":"))
         for line in sorted(rows[0][1][:10], key=lambda s: s not in data.seen):
-            star = " *"[bool(data.grammar) and data.grammar.logp(line) == -math.inf]
-            print("  in training" if line in data.seen else "  new        ", star, line)
+            mark = " *"[bool(data.grammar) and data.grammar.logp(line) == -math.inf]
+            print("  in training" if line in data.seen else "  new        ", mark, line)
     show_report(arms, out)
-    tokens = cfg.pretrain_steps * cfg.batch_size * real_tokens(data.messy[0]).sum(1).mean().item()
-    timing["total_s"] = sum(timing.values()) + time.time() - start
+    timing["measure_s"] = time.time() - start
+    timing["total_s"], start = sum(timing.values()), time.time()
+    x = sample(new_model(run, cfg, "gan"), 1000, cfg.temperature)
+    timing["sample_tokens_per_s"] = real_tokens(x).sum().item() / (time.time() - start)
+    tokens = real_tokens(data.messy[0]).sum(1).mean().item() * cfg.batch_size * cfg.pretrain_steps
     timing["pretrain_tokens_per_s"] = tokens / timing["pretrain_s"]
-    timing["sample_tokens_per_s"] = np.mean([a.pop("tokens_per_s") for a in arms]).item()
     with suppress(ImportError):  # Windows has no such module
         import resource
         timing["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print("\n" + "  ".join(f"{key} {value:.0f}" for key, value in timing.items()))
-    lines = "\n".join(to_lines(sample(model, 1000, cfg.temperature), data.symbols))
-    (out / "samples.txt").write_text(lines + "\n", encoding="utf-8")
-    versions, entropy = dict(python=sys.version, torch=torch.__version__), arms[0].get("entropy")
-    result = dict(config=run["config"], versions=versions, entropy=entropy, arms=arms,
+    lines = "".join(line + "\n" for line in to_lines(x, data.symbols))
+    (out / "samples.txt").write_text(lines, encoding="utf-8")
+    result = dict(config=run["config"], versions=dict(python=sys.version, torch=torch.__version__),
+                  entropy=-data.truth[1].mean() if data.grammar else None, arms=arms,
                   discriminator=run["discriminator"], timing=timing)
     (out / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
@@ -576,23 +587,25 @@ def print_samples(cfg, path):
     print("\n".join(to_lines(x, symbols)))
 
 
+@one_line_errors
 def main(argv=None):
-    try:
-        cfg = parse(argv)
-        out, path = Path(cfg.out), Path(cfg.out, "model.pt")
-        if cfg.samples:
-            return print_samples(cfg, path)
-        if path.exists() and not cfg.resume:
-            fail(f"--out {out}: there is a run already; expected --resume, or another folder")
-        data = Data(cfg)
-        out.mkdir(parents=True, exist_ok=True)
-        run = load(path, cfg) if path.exists() else dict(
-            config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
-        train(run, cfg, data, path)
+    cfg = flags_of(Config, __doc__.split("\n")[0], argv)
+    out, path = Path(cfg.out), Path(cfg.out, "model.pt")
+    if cfg.samples:
+        return print_samples(cfg, path)
+    join_torchrun(cfg.device)
+    data, first = Data(cfg), ranks()[0] == 0
+    if path.exists() and not cfg.resume and first:
+        fail(f"--out {out}: there is a run already; expected --resume, or another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    run = load(path, cfg) if path.exists() and cfg.resume else dict(
+        config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
+    if first:
+        save(run, path)  # from now on the folder is taken
+    train(run, cfg, data, path)
+    leave_torchrun()
+    if first:
         report(run, cfg, data, out)
-    except (UserError, OSError) as error:
-        print(f"gan_lm.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 
-class UserError(Exception):
-    """A mistake of the user's: the programs print it as one line and exit with status 2."""
-
-
-def fail(message):
-    raise UserError(message)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a program
+from tiny_data.plumbing import fail, one_line_errors  # noqa: E402
 
 
 def read(path):
@@ -43,6 +40,36 @@ def read_lines(path):
 def tokens_of(line, level):
     """Tokens of a line; a word carries the space before it, so that joining them is exact."""
     return list(line) if level == "char" else re.findall(r" ?[\w'-]+| ?\S", " " + line)
+
+
+def load_texts(paths, grammar, cfg):
+    """Two files -> vocabulary, the set of all training lines, and [train, val, test] of each.
+
+    The lines are shuffled by cfg.seed; a tenth is for testing, a tenth (at most 1000) for
+    validation.  A held-out line that is in a training split too is left out.  The vocabulary is
+    that of both files and the grammar; its first entry, "", is the end.  Raises UserError."""
+    texts, seen = [], set()
+    for lines in map(read_lines, paths):
+        random.Random(cfg.seed).shuffle(lines)
+        n, v = len(lines) // 10, min(len(lines) // 10, 1000)
+        texts.append([lines[n + v:], lines[:v], lines[v:n + v]])
+        seen |= set(lines[n + v:])
+    lines = [line for text in texts for part in text for line in part]
+    words = grammar.words if grammar else set()
+    for word in sorted(words - {word for line in lines for word in line.split()}):
+        if word[0].isupper():
+            fail(f"{grammar.name}: {word!r} has no rule and is no word of the texts")
+    tokens = [tokens_of(line, cfg.level) for line in (*lines, *words)]
+    symbols = ["", *sorted({t for line in tokens for t in line})]
+    if len(symbols) > 20000:
+        fail(f"--level {cfg.level}: over 20000 different tokens: try --level char or less text")
+    if cut := sum(len(line) > cfg.context for line in tokens):
+        print(f"{cut} of {len(lines)} lines were cut to --context {cfg.context} tokens")
+    texts = [[train, *([s for s in part if s not in seen] for part in held_out)]
+             for train, *held_out in texts]
+    if min(len(part) for text in texts for part in text) < 4:
+        fail(f"{paths[0]}, {paths[1]}: too few lines to hold out; expected fewer repeats")
+    return symbols, seen, texts
 
 
 class Grammar:
@@ -113,6 +140,13 @@ class Grammar:
                 words.append(symbol)
         return " ".join(words)
 
+    def samples(self, n, seed):
+        rng = random.Random(seed)
+        return [self.sample(rng) for _ in range(n)]
+
+    def logps(self, lines):
+        return np.array([*map(self.logp, lines)])
+
     def _inside(self, symbols, words):
         """Inside algorithm (Baker 1979): probability that `symbols` expand to exactly `words`."""
         head, rest = symbols[0], symbols[1:]
@@ -151,6 +185,7 @@ def with_error(line, vocabulary, rng, logp):
     fail(f"{line[:40]!r}: found no error to make in it")
 
 
+@one_line_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -180,8 +215,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"language.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -1,0 +1,114 @@
+"""What every program needs and no lesson is about: flags from a dataclass, errors of one line,
+a file that is written whole or not at all, and a place among the processes of torchrun."""
+import argparse
+import contextlib
+import io
+import os
+import sys
+from dataclasses import field, fields
+from functools import wraps
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A mistake of the user's: the programs print it as one line and exit with status 2."""
+
+
+def fail(message):
+    raise UserError(message)
+
+
+def one_line_errors(main):
+    """The program `main`, whose failures are one line on standard error and an exit status."""
+    @wraps(main)
+    def program(argv=None):
+        try:
+            return main(argv)
+        except (UserError, OSError) as error:
+            line, status = f"error: {error}", 2
+        except torch.cuda.OutOfMemoryError:
+            line, status = "error: the GPU's memory is full: lower --batch_size, or --preset", 2
+        except KeyboardInterrupt:
+            line, status = "stopped: finished phases are saved, --resume goes on from there", 130
+        except RuntimeError as error:
+            if not dist.is_initialized():
+                raise
+            line, status = f"error: a process of this torchrun is gone ({error})", 1
+        print(Path(sys.argv[0]).name + ": " + " ".join(line.split()), file=sys.stderr, flush=True)
+        sys.exit(status)
+    return program
+
+
+def flag(default, text, ok=None, group=None):
+    """A dataclass field that is a flag; `ok`: the choices, or a tuple (lowest, highest)."""
+    return field(default=default, metadata=dict(text=text, ok=ok, group=group))
+
+
+def flags_of(config, description, argv=None):
+    """Command line -> an instance of the dataclass `config`, of fields made by flag().
+
+    A field with a `group` begins a group of --help.  Raises UserError, naming the flag at fault
+    and what it accepts."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.error = fail
+    for f in fields(config):
+        kind, ok, group = type(f.default), f.metadata["ok"], f.metadata["group"]
+        page = parser.add_argument_group(group) if group else page
+        how = dict(type=kind, choices=ok if isinstance(ok, list) else None)
+        how = {bool: dict(action="store_true"), tuple: dict(type=float, nargs="+")}.get(kind, how)
+        silent = kind in (str, bool) and not f.default
+        text = f.metadata["text"] + ("" if silent else " (default: %(default)s)")
+        page.add_argument("--" + f.name, default=f.default, help=text, **how)
+    cfg = config(**vars(parser.parse_args(argv)))
+    for f in fields(config):
+        value, ok = getattr(cfg, f.name), f.metadata["ok"]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(ok, tuple) and not all(ok[0] <= v <= ok[1] for v in values):
+            fail(f"argument --{f.name}: {value}: expected {ok[0]} to {ok[1]}")
+    return cfg
+
+
+def save(run, path):
+    """torch.save, whole or not at all: a kill or a full disk leaves the file that was there."""
+    content = io.BytesIO()
+    torch.save(run, content)  # not to the file itself: of a full disk torch makes a strange error
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(content.getvalue())
+        new.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
+
+
+def ranks():
+    """(number of this process, number of processes) of a torchrun; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average(tensors):
+    """Replace each by its mean over all processes; there is nothing to do for one alone."""
+    for x in tensors if dist.is_initialized() else ():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+
+
+def join_torchrun(device):
+    """Meet the other processes, where torchrun started this one; only the first speaks."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def leave_torchrun():
+    """The others have no more to do: what follows, the first process does alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

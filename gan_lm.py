@@ -11,11 +11,12 @@ The text comes from a known grammar: how far each model is from the truth is com
 by a metric.  The cheap rivals, a lower temperature and more likelihood training, run along.
 
 Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts and the critic (D judges every prefix, so
-each token has its own reward), reward scaling, a D from scratch (it starts as a copy of the model).
+each token has its own reward), reward scaling, a blind D (ours reads what the model thought).
 Added: an anchor, the KL to the model that D was trained against.  Freeze D, and this is RLHF.
 
 Map: 1 configuration  2 data  3 generator  4 discriminators  5 objectives  6 training phases
-     7 measurement  8 main      Shapes: B batch, T time, C channels, V vocabulary
+     7 measurement  8 main.  Text, grammar, flags and files: tiny_data/*.py
+Shapes: B batch, T time, C channels, V vocabulary.  p is the truth, q the model, D the discriminator
 """
 import json, math, sys, time  # noqa: E401
 from contextlib import suppress
@@ -29,11 +30,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import trange
 from tiny_data.language import Grammar, load_texts, read, tokens_of
-from tiny_data.plumbing import (average, fail, flag, flags_of, join_torchrun, leave_torchrun,
+from tiny_data.plumbing import (average, fail, flag, flags_of, join_torchrun, leave_torchrun, load,
                                 one_line_errors, ranks, save)
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
 CHIPS = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
+LABELS = {"js": "JS to the truth in bits, lower is better", "temperature": "sampling temperature",
+          "kl": "KL(p‖q) in nats, lower is better", "valid": "valid: share of the samples",
+          "judge_acc": "accuracy of a fresh judge, 0.5 is best", "nll": "held-out NLL in nats"}
 LIKELIHOOD = "mle", "sft", "mixed", "continued"  # the arms that have no GAN in them
 END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
 
@@ -62,7 +66,7 @@ class Config:
     sft_steps: int = flag(600, "SFT steps on --curated", (0, 10**9))
     continued: float = flag(1.0, "length of the rival arm `continued`, in the GAN's", (0, 1000))
     rounds: int = flag(1, "turns of both networks; 0: no GAN", (0, 1000), "the adversarial phase")
-    disc: str = flag("lm", "D starts as the LM, from scratch, or a CNN", ["lm", "scratch", "cnn"])
+    disc: str = flag("lm", "D's start; blind: no hints", ["lm", "scratch", "blind", "cnn"])
     d_loss: str = flag("bce", "the GAN's loss or the reward model's", ["bce", "pairwise"])
     d_steps: int = flag(200, "discriminator steps a round", (1, 10**9))
     g_steps: int = flag(300, "policy-gradient steps a round", (1, 10**9))
@@ -96,7 +100,6 @@ def to_lines(x, symbols):
 
 class Data:
     """Both texts as ids, each [train, val, test]; no held-out line is in any train."""
-
     def __init__(self, cfg):
         grammar = cfg.grammar or ("" if cfg.data else TINY / "grammar.txt")
         paths = cfg.data or TINY / "messy.txt", cfg.curated or cfg.data or TINY / "curated.txt"
@@ -137,7 +140,6 @@ def batches(x, size, *labels):
 # ---- 3 generator: a GPT --------------------------------------------------------------------------
 class GPT(nn.Module):
     """Pre-norm transformer (Radford et al. 2019); its head is its token embedding, transposed."""
-
     def __init__(self, V, context, n_layer, C):
         super().__init__()
         self.shape = V, context, n_layer, C
@@ -209,10 +211,9 @@ def sample(model, n, T=1.0, prompt=(), chunk=2000):
 class PrefixDiscriminator(GPT):
     """A language model with a verdict for a head: logit_t estimates log p(x_1..t) / q_ref(x_1..t).
 
-    It starts as a copy of the generator q_ref, and reads with each token what the frozen q_ref
-    thought of it: log q_ref(x_t | x_<t) and the entropy of that step.  What is left to learn is
-    where q_ref is wrong, not the language."""
-
+    It starts as a copy of the generator q_ref, and reads two hints with each token, what the frozen
+    q_ref thought of it: log q_ref(x_t | x_<t) and the entropy of that step.  What is left to learn
+    is where q_ref is wrong, not the language."""
     def __init__(self, ref):
         super().__init__(*ref.shape)
         self.load_state_dict(ref.state_dict())
@@ -323,8 +324,7 @@ def verdict(disc, x):
 
 
 def judged(disc, real, fake):
-    """D's record on whole sentences: loss (ln 2: no signal), its standard error, accuracy.
-
+    """D's loss on whole sentences (ln 2: no signal), its standard error, and D's accuracy.
     1 - loss / ln 2 is the part of the JS between the two, in bits, that D has found."""
     r, f = verdict(disc, real), verdict(disc, fake)
     middle = (r.mean() + f.mean()) / 2  # a constant in the logit changes no reward: forgiven
@@ -379,7 +379,7 @@ def adversarial_phase(model, disc, data, cfg):
     """Rounds of: the discriminator against the frozen current model, then the model against it.
 
     A round is kept only if held-out text says so: there D's loss must be two standard errors
-    below chance, and the round must not cost more than one of likelihood.  -> a record a round."""
+    below chance, and the likelihood must not fall by more than two.  -> a record a round."""
     records, (real, val, _) = [], data.curated
     for number in range(1, cfg.rounds + 1):
         ref = disc.ref[0] = deepcopy(model).requires_grad_(False)
@@ -394,8 +394,7 @@ def adversarial_phase(model, disc, data, cfg):
                        "heldout_gain": gain.mean().item()}
             if gain.mean() < -2 * gain.std() / len(val) ** 0.5:
                 why = "held-out text became less likely"
-            if record["unique"] < 0.5:
-                why = "the samples collapsed"
+            why = "the samples collapsed" if record["unique"] < 0.5 else why
         if data.grammar:
             before, after = (measure(m, 1.0, data, cfg)[0] for m in (ref, model))
             record |= {"js": [before["js"].item(), after["js"].item()],
@@ -425,8 +424,8 @@ def divergences(logp_p, logq_p, logp_q, logq_q):
 def measure(model, T, data, cfg, disc=None):
     """A row of the report for `model` at temperature T, and the samples that it was measured on.
 
-    With `disc` the model stays as it is and its samples are re-ranked: of four times as many, some
-    are drawn in proportion to D/(1-D), towards q D/(1-D) / Z (Deng et al. 2020)."""
+    With `disc` the model stays as it is and its samples are re-ranked: of four times as many some
+    are drawn by the weight D/(1-D), so that they follow q D/(1-D) / Z (Deng et al. 2020)."""
     x, log_z = sample(model, cfg.eval_samples * (4 if disc else 1), T), 0.0
     if disc:
         weight = verdict(disc, x)
@@ -452,8 +451,7 @@ def measure(model, T, data, cfg, disc=None):
 def fresh_judge(model, x, data, cfg):
     """A discriminator that has met neither side yet: its accuracy on unseen pairs, 0.5 is perfect.
 
-    Of the test lines, and as many samples x, half train it, a quarter stops it, a quarter is
-    judged."""
+    Of the test lines and the samples x half train it, a quarter stops it, a quarter is judged."""
     real, fake = data.curated[2], data.novel(x)
     n = min(len(real), len(fake)) // 4  # Data and novel() leave at least 4 of each
     (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
@@ -480,7 +478,7 @@ def show_report(arms, out):
             for name in best:
                 rows = [(a[h], a[v], a[se] * (v == y)) for a in arms if a["name"] == name]
                 axis.errorbar(*zip(*rows), marker="o", label=name)
-            axis.set(xlabel=h, ylabel=v)
+            axis.set(xlabel=LABELS.get(h, h), ylabel=LABELS.get(v, v))
         axes[0].legend()
         figure.savefig(out / "frontier.png", dpi=120, bbox_inches="tight")
 
@@ -497,6 +495,9 @@ def new_disc(run, cfg, name):
     """The discriminator so far; the first one is made from the model of that name."""
     kind = CNNDiscriminator if cfg.disc == "cnn" else PrefixDiscriminator
     disc = kind(new_model(run, cfg, name)).to(cfg.device)
+    if cfg.disc == "blind":
+        for p in disc.hints.parameters():
+            nn.init.zeros_(p).requires_grad_(False)
     disc.load_state_dict(run["models"].get("disc", disc.state_dict()))
     return disc
 
@@ -521,26 +522,13 @@ def train(run, cfg, data, path):
             train_likelihood(model, *course, cfg)
         if not courses:
             # D goes on from samples of MLE to the harder ones of SFT: a cold start there is lost
-            disc = new_disc(run, cfg, origin if cfg.disc == "lm" else None)
+            disc = new_disc(run, cfg, None if cfg.disc == "scratch" else origin)
             records = adversarial_phase(model, disc, data, cfg)
             run["discriminator"] += [{"phase": name} | record for record in records]
             models |= {"disc": disc.state_dict(), "judged": disc.ref[0].state_dict()}
         phase = {"mle": "pretrain", "gan": "adversarial"}.get(name, name)
         models[name], run["timing"][phase + "_s"] = model.state_dict(), time.time() - start
-        if ranks()[0] == 0:
-            save(run, path)
-
-
-def load(path, cfg):
-    """The run in `path`; one that goes on must be of the same configuration."""
-    try:
-        run = torch.load(path, map_location=cfg.device, weights_only=True)
-        saved = run["config"] | {"out": cfg.out, "resume": cfg.resume, "device": cfg.device}
-    except Exception as error:  # whatever a damaged or foreign file makes of itself
-        fail(f"--out {path.parent}: model.pt is no checkpoint of gan_lm ({type(error).__name__})")
-    if odd := [k for k, v in asdict(cfg).items() if saved.get(k) != v and not cfg.samples]:
-        fail(f"--{odd[0]} {getattr(cfg, odd[0])}: the run in --out has {saved.get(odd[0])}")
-    return run
+        save(run, path)
 
 
 def report(run, cfg, data, out):
@@ -576,7 +564,7 @@ def report(run, cfg, data, out):
 
 
 def print_samples(cfg, path):
-    run = load(path, cfg)
+    run = load(path, cfg.device)
     saved, symbols = Config(**run["config"] | {"device": cfg.device}), run["symbols"]
     prompt = tokens_of(cfg.prompt, saved.level)[:saved.context]
     if unknown := [t.strip() for t in prompt if t not in symbols]:
@@ -594,14 +582,14 @@ def main(argv=None):
     if cfg.samples:
         return print_samples(cfg, path)
     join_torchrun(cfg.device)
-    data, first = Data(cfg), ranks()[0] == 0
-    if path.exists() and not cfg.resume and first:
+    data, first = Data(cfg), ranks()[0] == 0  # of the processes that torchrun started
+    if first and path.exists() and not cfg.resume:
         fail(f"--out {out}: there is a run already; expected --resume, or another folder")
     out.mkdir(parents=True, exist_ok=True)
-    run = load(path, cfg) if path.exists() and cfg.resume else dict(
-        config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
-    if first:
-        save(run, path)  # from now on the folder is taken
+    run = dict(config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
+    if cfg.resume and path.exists():
+        run = load(path, cfg.device, run["config"])
+    save(run, path)  # from now on the folder is taken
     train(run, cfg, data, path)
     leave_torchrun()
     if first:

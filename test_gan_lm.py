@@ -2,12 +2,18 @@
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import pickle
 import random
 import re
 import shlex
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +23,21 @@ import torch
 import gan_lm
 from gan_lm import (CNNDiscriminator, Config, Data, GPT, Grammar, PrefixDiscriminator,
                     adversarial_phase, advantages, batches, discriminator_loss, divergences, fit,
-                    main, measure, new_model, parse, policy_gradient_loss, real_tokens, sample,
+                    judged, likelihood_loss, main, measure, new_model, policy_gradient_loss, real_tokens, sample,
                     sequence_logp, to_ids, to_lines, token_logp, token_rewards,
                     train_discriminator, train_generator, train_likelihood)
-from tiny_data import language
+from hypothesis import given, settings, strategies as st
+from tiny_data import language, plumbing
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
 ROOT = Path(__file__).resolve().parent
 FAST = ("--preset nano --pretrain_steps 20 --sft_steps 5 --d_steps 8 --g_steps 2 --batch_size 16 "
         "--eval_samples 60 --context 24 --device cpu --temperatures 1 0.8").split()
 SMALL = Grammar("S -> 2 N V . | 1 if S then S .\nN -> 3 dogs | 1 the N\nV -> 1 run | 1 see N")
+
+
+def parse(argv):
+    return plumbing.flags_of(Config, "", argv)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +118,25 @@ def test_log_p_equals_brute_force_enumeration(grammar, depth):
         assert sum(sentences.values()) == pytest.approx(1.0)
 
 
+alternative = st.tuples(st.integers(1, 5), st.lists(st.sampled_from("ABxy"), min_size=1, max_size=3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(alternative, min_size=1, max_size=3), min_size=3, max_size=3))
+def test_log_p_equals_brute_force_on_random_grammars(rules):
+    # S may use A, B and words, A may use B and words, B words alone: every grammar ends
+    text = "\n".join(
+        f"{head} -> " + " | ".join(f"{w} " + " ".join(x if x in may else "z" for x in right)
+                                   for w, right in rule)
+        for head, may, rule in zip("SAB", ("ABxy", "Bxy", "xy"), rules))
+    grammar = Grammar(text)
+    sentences = every_sentence(grammar, ("S",), 3)
+    assert sum(sentences.values()) == pytest.approx(1.0)
+    for words, p in sentences.items():
+        assert math.exp(grammar.logp(" ".join(words))) == pytest.approx(p, rel=1e-9)
+    assert all(s in {" ".join(words) for words in sentences} for s in grammar.samples(5, 0))
+
+
 def test_log_p_agrees_with_sampled_frequencies():
     rng, n = random.Random(0), 20000
     lines = [SMALL.sample(rng) for _ in range(n)]
@@ -135,7 +165,7 @@ def test_the_shipped_texts_are_made_again_byte_for_byte(tmp_path):
     messy = (tmp_path / "messy.txt").read_text(encoding="utf-8").splitlines()
     wrong = np.mean([grammar.logp(s) == -math.inf for s in messy])
     assert len(messy) == 20000 and wrong == pytest.approx(0.4, abs=0.015)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(SystemExit):  # what is there already is left as it is
         language.main([str(tmp_path)])
 
 
@@ -160,6 +190,16 @@ def test_any_line_comes_back_from_ids_as_it_went_in(line, level):
     assert to_lines(to_ids([line], symbols, cfg), symbols) == [line]
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1,
+                max_size=5), st.sampled_from(["word", "char"]))
+def test_any_text_at_all_comes_back_from_ids_as_it_went_in(texts, level):
+    lines = [" ".join(text.split()) for text in texts if text.split()]
+    cfg = Config(level=level, context=1000, device="cpu")
+    symbols = ["", *sorted({t for line in lines for t in language.tokens_of(line, level)})]
+    assert to_lines(to_ids(lines, symbols, cfg), symbols) == lines if lines else True
+
+
 def test_held_out_lines_are_in_no_training_split(data):
     for text in (data.messy, data.curated):
         for part in text[1:]:
@@ -179,6 +219,14 @@ def test_bom_crlf_and_blank_lines_do_no_harm(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(b"line %d" % i for i in range(60)))
     assert language.read_lines(path) == [f"line {i}" for i in range(60)]
+
+
+def test_the_vocabulary_is_the_same_in_every_process():
+    code = ("from gan_lm import *; cfg = flags_of(Config, '', []); "
+            "import hashlib; print(hashlib.md5('|'.join(Data(cfg).symbols).encode()).hexdigest())")
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONHASHSEED": seed}) for seed in "12"]
+    assert runs[0].stdout == runs[1].stdout != "", runs[0].stderr
 
 
 def test_batches_hold_every_row_once_an_epoch_with_its_label():
@@ -241,8 +289,7 @@ def test_samples_have_the_probabilities_that_sequence_logp_says():
 
 @pytest.mark.parametrize("kind", [PrefixDiscriminator, CNNDiscriminator])
 def test_discriminators_judge_prefixes_and_ignore_what_follows_the_end(kind):
-    disc = kind(tiny_gpt()).eval()
-    torch.nn.init.normal_((disc.head if kind is PrefixDiscriminator else disc.head[1]).weight)
+    disc = kind(tiny_gpt())
     x = rows([1, 2, 3, 4, 5, 6], [3, 3, 2])
     y = x.clone()
     y[1, 5:] = 4
@@ -256,11 +303,17 @@ def test_discriminators_judge_prefixes_and_ignore_what_follows_the_end(kind):
         assert (disc(x)[0] != 0).sum() == 1  # one verdict, at the closing END
 
 
-def test_the_discriminator_starts_as_the_language_model_without_an_opinion():
+def test_the_discriminator_starts_as_the_language_model_and_reads_its_log_probabilities():
     ref = tiny_gpt()
-    disc = PrefixDiscriminator(ref).eval()
-    x = rows([1, 2, 3])
-    assert torch.equal(disc.hidden(x), ref.hidden(x)) and (disc(x) == 0).all()
+    disc, x = PrefixDiscriminator(ref), rows([1, 2, 3])
+    assert torch.equal(disc.hidden(x), ref.hidden(x))
+    read = {}
+    disc.hints.register_forward_hook(lambda module, given, out: read.update(hints=given[0] * 3))
+    disc(x)
+    assert torch.allclose(read["hints"][0, :4, 0], token_logp(ref, x)[0, :4], atol=1e-5)
+    p = ref(x[:, :-1]).softmax(-1)
+    assert torch.allclose(read["hints"][..., 1], (p * p.log()).sum(-1), atol=1e-4)
+    assert not any(p is q for p in disc.parameters() for q in ref.parameters())
 
 
 # ---- objectives
@@ -379,6 +432,48 @@ def test_where_the_discriminator_is_at_chance_the_phase_leaves_the_model_alone(d
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
 
+def test_a_loss_that_is_not_finite_ends_the_phase_at_the_best_model_before_it(capsys):
+    weight, losses = torch.nn.Linear(1, 1, bias=False), iter([1.0, 1.0, math.nan, 1.0])
+    looks = []
+
+    def look():
+        looks.append(weight.weight.item())
+        return 0
+    fit(weight, 32, 0.1, lambda: weight(torch.ones(1, 1)).sum() * next(losses), "phase", look)
+    assert "phase: no finite gradient at step 3" in capsys.readouterr().out
+    assert weight.weight.item() == looks[-1] and len(looks) == 2  # the look after step 2
+
+
+def test_a_round_that_collapses_or_costs_likelihood_is_undone_and_says_why(data, monkeypatch,
+                                                                           capsys):
+    cfg = parse([*FAST, "--rounds", "2"])
+    certain = {"d_loss": 0.1, "d_loss_se": 0.01, "heldout_acc": 0.9}
+    monkeypatch.setattr(gan_lm, "train_discriminator", lambda *args: certain)
+
+    def generator_that(damage):
+        def train_generator(model, ref, disc, cfg):
+            for name, p in model.named_parameters():
+                damage(name, p.data)
+            return {"reward": (0.0, 9.9), "kl_to_ref": (0.0, 1.0)}
+        return train_generator
+
+    def collapse(name, p):  # the closing END comes first, always
+        if name == "token.weight":
+            p *= 0
+            p[0] += 50
+        if name == "ln.bias":
+            p.fill_(1)
+    for damage, why in ((collapse, "the samples collapsed"), (
+            lambda name, p: p.add_(torch.randn_like(p)), "held-out text became less likely")):
+        torch.manual_seed(0)
+        model = GPT(len(data.symbols), 24, 1, 32)
+        before = deepcopy(model.state_dict())
+        monkeypatch.setattr(gan_lm, "train_generator", generator_that(damage))
+        records = adversarial_phase(model, PrefixDiscriminator(model), data, cfg)
+        assert [r["why"] for r in records] == [why] and not records[0]["kept"]
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
 def test_the_adversarial_phase_lowers_js(data, capsys):
     cfg = parse("--device cpu --d_steps 400 --g_steps 60 --eval_samples 1000".split())
     torch.manual_seed(0)
@@ -414,6 +509,34 @@ def test_divergences_agree_with_the_sums_over_two_known_distributions():
     assert abs(got["js"] - js) < 4 * got["js_se"] < 0.01
 
 
+def test_re_ranking_by_the_true_ratio_gives_the_true_language(data):
+    cfg = parse("--device cpu --eval_samples 1000".split())
+    torch.manual_seed(0)
+    model = new_model({"symbols": data.symbols}, cfg)
+    train_likelihood(model, data.curated, 1200, 4e-3, cfg)
+
+    def optimal(x):  # logits log p/q, at every position
+        logp = torch.tensor(data.grammar.logps(to_lines(x, data.symbols))).clamp(min=-50)
+        return (logp - sequence_logp(model, x)).float()[:, None].expand(-1, x.shape[1] - 1)
+    plain, better = (measure(model, 1.0, data, cfg, disc)[0] for disc in (None, optimal))
+    assert better["js"] < plain["js"] / 2 and better["valid"] > plain["valid"] + 0.1
+
+
+def test_the_record_of_a_discriminator_forgives_a_constant():
+    class Constant(torch.nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x):
+            return x[:, 1:] * 2.0 - 5.0 + self.shift
+    real, fake = rows([3] * 7, [2] * 7, T=8), rows([1] * 7, [2] * 7, T=8)
+    real[:, 8], fake[:, 8] = real[:, 7], fake[:, 7]
+    first, second = judged(Constant(0.0), real, fake), judged(Constant(9.0), real, fake)
+    assert first == pytest.approx(second) and first["d_loss"] < math.log(2)
+    assert first["heldout_acc"] == pytest.approx(0.75, abs=0.26)
+
+
 # ---- main: whole runs in miniature
 
 @pytest.fixture(scope="module")
@@ -431,12 +554,14 @@ def figures(out):
 def test_a_run_writes_the_report_that_is_promised(finished):
     report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     assert {"config", "versions", "entropy", "arms", "discriminator", "timing"} <= report.keys()
-    assert {a["name"] for a in report["arms"]} == {"mle", "continued", "sft", "gan", "gan_mle"}
+    assert {a["name"] for a in report["arms"]} == {"mle", "sft", "mixed", "continued", "gan_mle",
+                                                   "gan", "reranked"}
     for arm in report["arms"]:
         assert {"temperature", "kl", "js", "js_se", "tv", "valid", "novel", "unique"} <= arm.keys()
         assert 0 <= arm["js"] <= 1 and 0 <= arm["valid"] <= 1
     for r in report["discriminator"]:
-        assert {"round", "train_acc", "heldout_acc", "optimal_acc", "kept"} <= r.keys()
+        assert {"round", "train_loss", "train_acc", "d_loss", "heldout_acc", "optimal_acc", "kept",
+                "why", "js"} <= r.keys()
     assert {"pretrain_s", "pretrain_tokens_per_s", "sample_tokens_per_s", "sft_s", "adversarial_s",
             "total_s", "peak_memory_mb"} <= report["timing"].keys()
     assert len((finished / "samples.txt").read_text(encoding="utf-8").split("\n")) == 1001
@@ -461,6 +586,59 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(finished, tmp_path, 
     monkeypatch.undo()
     main([*FAST, "--out", str(tmp_path / "cut"), "--resume"])
     assert figures(finished) == figures(tmp_path / "cut")
+
+
+def run_quietly(argv):
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        main(argv)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_ten_kills_at_random_moments_change_nothing(finished, tmp_path):
+    argv, rng = [*FAST, "--out", str(tmp_path / "killed")], random.Random(0)
+    start = multiprocessing.get_context("fork").Process  # a fork has imported torch already
+    for kill in range(10):
+        resume = ["--resume"] * (tmp_path / "killed" / "model.pt").exists()
+        run = start(target=run_quietly, args=([*argv, *resume],))
+        run.start()
+        run.join(rng.uniform(0.3, 2.0))
+        run.kill()
+        run.join()
+    main([*argv, "--resume"])
+    assert figures(finished) == figures(tmp_path / "killed")
+    models = [torch.load(out / "model.pt", weights_only=True)["models"]
+              for out in (finished, tmp_path / "killed")]
+    for name, state in models[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), models[1][name].values()))
+
+
+def test_ctrl_c_says_how_to_go_on_and_exits_130(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(gan_lm, "train_likelihood", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main([*FAST, "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 130 and "--resume" in err and err.count("\n") == 1
+    assert (tmp_path / "model.pt").exists()
+
+
+def test_a_full_disk_is_a_clear_message_and_the_last_checkpoint_is_whole(tmp_path, monkeypatch,
+                                                                        capsys):
+    plumbing.save({"config": {}, "models": 1}, tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def full(path, content):
+        path.open("wb").write(content[:100])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    err = complaint([*FAST, "--out", str(tmp_path / "new")], capsys)
+    assert "No space left" in err
+    with pytest.raises(OSError):
+        plumbing.save({"config": {}, "models": 2}, tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["model.pt"]
 
 
 def test_a_saved_model_gives_the_same_samples_and_figures(finished, capsys):
@@ -503,9 +681,23 @@ BAD_GRAMMARS = {
     "S -> -1 a": "line 1", "S -> nan a": "line 1", "S -> inf a": "line 1", "S -> 1": "line 1",
     "S 1 a": "line 1",
     "S -> 1 a |": "line 1", "# nothing": "no rule", "": "no rule", "S -> 1 a\nS -> 1 b": "line 2",
-    "A B -> 1 a": "line 1", "-> 1 a": "line 1"}
+    "A B -> 1 a": "line 1", "-> 1 a": "line 1", "S -> 1 a -> 1 b": "line 1", "S -> 1": "line 1",
+    "S -> 1 A | 1 b\nA -> 1 B\nB -> 1 A": "never ends", "S -> 1e999 a": "line 1",
+    "S -> 1 a b\n\n# x\nT ->": "line 4", "\ufeff": "no rule", "S": "line 1", "S -> | 1 a": "line 1",
+    "S -> 1 A a\nA -> 1 S b": "never ends"}
 BAD_TEXTS = {b"": "0 different", b"one line\n": "1 different", b"same\n" * 99: "1 different",
-             b"\n\n \n": "0 different", b"\xff\xfe\xfa" * 60: "UTF-8"}
+             b"\n\n \n": "0 different", b"\xff\xfe\xfa" * 60: "UTF-8", b"\xef\xbb\xbf": "0 diff",
+             b"\r\n" * 80: "0 different", b"a\r\n" * 80: "1 different", b"x" * 10**6: "1 different",
+             b"\x00": "1 different", "\U0001F600\n".encode() * 70: "1 different",
+             b"ok\n" * 60 + b"\xc3": "UTF-8", "gr\xfc\xdfe\n".encode("utf-16"): "UTF-8",
+             b"\n".join(b"%d" % (i % 49) for i in range(500)): "49 different"}
+GOOD_TEXTS = {"crlf": "\r\n".join(f"line {i} of a file" for i in range(90)).encode(),
+              "bom": b"\xef\xbb\xbf" + b"\n".join(b"line %d" % i for i in range(90)),
+              "nul": b"\n".join(b"a\x00b %d" % i for i in range(90)),
+              "emoji": "\n".join(f"\U0001F468\u200D\U0001F469 e\u0301 {i}" for i in range(90)).encode(),
+              "a line of a million characters": b"\n".join(
+                  [b"x" * 10**6, *(b"line %d" % i for i in range(90))]),
+              "one word, of every length": b"\n".join(b"a " * i for i in range(1, 90))}
 BAD_FLAGS = {
     "--preset huge": "preset", "--seed -1": "seed", "--seed x": "seed", "--lr 2": "lr",
     "--lr nan": "lr", "--temperatures 0": "temperatures", "--temperatures a": "temperatures",
@@ -513,7 +705,14 @@ BAD_FLAGS = {
     "--kl_coef -1": "kl_coef", "--batch_size 1": "batch_size", "--rounds -1": "rounds",
     "--nonsense 1": "nonsense", "--eval_samples 1": "eval_samples", "--d_steps 0": "d_steps",
     "--context -3": "context", "--data /no/such/file": "/no/such/file", "--device teapot": "device",
-    "--curated /no/such": "/no/such", "--grammar /no/such": "/no/such", "--samples 3": "model.pt"}
+    "--curated /no/such": "/no/such", "--grammar /no/such": "/no/such", "--samples 3": "model.pt",
+    "--data": "data", "--temperatures": "temperatures", "--temperatures nan": "temperatures",
+    "--temperatures 1 0": "temperatures", "--temperatures 101": "temperatures", "--lr inf": "lr",
+    "--pretrain_steps 1.5": "pretrain_steps", "--sft_steps -1": "sft_steps",
+    "--g_steps 0": "g_steps", "--gan_lr -0.1": "gan_lr", "--d_loss hinge": "d_loss",
+    "--continued -1": "continued", "--resume yes": "yes", "--samples -1": "samples",
+    "--temperature 0": "temperature", "--seed 1 2": "2", "--context 5000": "context",
+    "--batch 3": "--batch", "--data /": "/", "extra": "extra"}
 
 
 def complaint(argv, capsys):
@@ -545,6 +744,14 @@ def test_bad_texts_get_one_clear_line(content, tmp_path, capsys):
     assert BAD_TEXTS[content] in err and "t.txt" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", GOOD_TEXTS)
+def test_odd_texts_are_read(kind, tmp_path):
+    (tmp_path / "t.txt").write_bytes(GOOD_TEXTS[kind])
+    for level in ("word", "char"):
+        data = Data(parse(["--data", str(tmp_path / "t.txt"), "--level", level]))
+        assert len(data.curated[0]) > 50 and int(data.curated[0].max()) < len(data.symbols)
+
+
 def test_too_many_words_are_told_to_become_characters(tmp_path, capsys):
     (tmp_path / "t.txt").write_text("\n".join(f"w{i} x{i}" for i in range(20001)), encoding="utf-8")
     assert "--level char" in complaint(["--data", str(tmp_path / "t.txt"), "--out", "x"], capsys)
@@ -565,10 +772,41 @@ def test_a_damaged_checkpoint_is_refused(content, tmp_path, capsys):
     assert (tmp_path / "model.pt").read_bytes() == content
 
 
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch " + str(ROOT / "hacked"),)
+
+
+def test_a_hostile_checkpoint_is_refused_and_not_run(tmp_path, capsys):
+    torch.save({"config": {}, "models": Hostile()}, tmp_path / "model.pt")
+    assert "model.pt" in complaint(["--out", str(tmp_path), "--resume"], capsys)
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Hostile()))
+    assert "model.pt" in complaint(["--out", str(tmp_path), "--samples", "1"], capsys)
+    assert not (ROOT / "hacked").exists()
+
+
+def test_a_second_run_in_a_folder_that_is_in_use_is_refused(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def second(*args):  # while the first is in its first phase
+        seen.append(complaint([*FAST, "--out", str(tmp_path)], capsys))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(gan_lm, "train", second)
+    with pytest.raises(SystemExit):
+        main([*FAST, "--out", str(tmp_path)])
+    assert "--resume, or another folder" in seen[0]
+
+
 def test_an_out_folder_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("precious", encoding="utf-8")
     complaint([*FAST, "--out", str(tmp_path / "file")], capsys)
     assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert str(tmp_path) in complaint([*FAST, "--out", str(tmp_path / "out")], capsys)
 
 
 def test_an_unknown_word_in_a_prompt_is_named(finished, capsys):
@@ -594,3 +832,231 @@ def test_every_command_of_the_readme_runs(command, finished, tmp_path, monkeypat
 def test_every_function_that_the_readme_names_exists():
     for name in re.findall(r"`(\w+)\(\)`", README):
         assert hasattr(gan_lm, name) or hasattr(language, name), name
+
+
+# ---- several processes
+
+def torchrun(script, *argv, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+               "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+               str(script), *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import sys, torch
+from gan_lm import *
+cfg = flags_of(Config, "", ["--device", "cpu", "--batch_size", sys.argv[1]])
+join_torchrun("cpu")
+torch.manual_seed(0)
+data, model = Data(cfg), GPT(300, 64, 1, 32)
+train_likelihood(model, data.curated, 20, 1e-2, cfg)
+if ranks()[0] == 0:
+    torch.save(model.state_dict(), sys.argv[2])
+leave_torchrun()
+""", encoding="utf-8")
+    done = torchrun(script, 16, tmp_path / "two.pt")
+    assert done.returncode == 0, done.stderr
+    alone = subprocess.run([sys.executable, str(script), "32", str(tmp_path / "one.pt")], cwd=ROOT,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert alone.returncode == 0
+    two, one = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("two", "one"))
+    start = GPT(300, 64, 1, 32).state_dict()
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+    assert not torch.allclose(one["token.weight"], start["token.weight"], atol=2e-2)
+
+
+def test_a_whole_run_under_torchrun_writes_one_report(tmp_path):
+    done = torchrun("gan_lm.py", *FAST, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Best js") == 1
+    assert {"model.pt", "report.json", "samples.txt"} <= {f.name for f in tmp_path.iterdir()}
+
+
+def test_a_process_that_dies_ends_the_job_with_a_message(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, sys
+import gan_lm
+if os.environ["RANK"] == "1":
+    gan_lm.train_discriminator = lambda *args: os._exit(9)
+gan_lm.main(sys.argv[1:])
+""", encoding="utf-8")
+    start = time.time()
+    done = torchrun(script, *FAST, "--out", tmp_path / "out")
+    assert done.returncode != 0 and time.time() - start < 100
+    assert "a process of this torchrun is gone" in done.stderr or "exitcode  : 9" in done.stderr
+
+
+# ---- speed: `python test_gan_lm.py` prints the ratios of the README
+
+def rate(step, tokens, seconds=4.0):
+    """Tokens (or whatever step() is told to count) a second, after a warm-up."""
+    step(), step()
+    start, done = time.time(), 0
+    while time.time() - start < seconds:
+        step()
+        done += tokens()
+    return done / (time.time() - start)
+
+
+def training_rates(data, cfg, seconds):
+    """Real tokens a second of our MLE step, and of a nanoGPT-style one: sentences in one stream,
+    cut into rows of 64 tokens, as many tokens a step, forward, backward, clip, plain AdamW."""
+    count = {}
+
+    def ours():
+        x, = next(stream)
+        (likelihood_loss(token_logp(model, x)) / 10).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step(), adam.zero_grad()
+        count["ours"] = int(real_tokens(x).sum())
+
+    def plain():
+        start = torch.randint(len(tokens) - 65, (rows_a_step,))
+        x = torch.stack([tokens[i:i + 65] for i in start])
+        logits = model(x[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step(), adam.zero_grad()
+    text = data.messy[0]
+    mask = real_tokens(text).bool()
+    tokens, stream = text[:, 1:][mask], batches(text, cfg.batch_size)
+    rows_a_step = round(mask.sum().item() / len(text) * cfg.batch_size / 64)
+    model = new_model({"symbols": data.symbols}, cfg)
+    adam = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    first = rate(ours, lambda: count["ours"], seconds)
+    adam = torch.optim.AdamW(model.parameters(), 1e-4)
+    return first, rate(plain, lambda: rows_a_step * 64, seconds)
+
+
+@torch.no_grad()
+def uncached(model, n):
+    """The usual `generate` loop: the whole prefix again for each token, finished rows go along."""
+    x = torch.zeros(n, 1, dtype=torch.long)
+    while x.shape[1] <= model.shape[1] and not (x[:, 1:] == 0).any(1).all():
+        x = torch.cat([x, model(x)[:, -1].softmax(-1).multinomial(1)], 1)
+    return torch.nn.functional.pad(x, (0, model.shape[1] + 1 - x.shape[1]))
+
+
+def sampling_rates(model, n, seconds):
+    count = {}
+
+    def step(draw):
+        count["n"] = int(real_tokens(draw(model, n)).sum())
+    return [rate(lambda: step(draw), lambda: count["n"], seconds) for draw in (sample, uncached)]
+
+
+@torch.no_grad()
+def rollout_rewards(model, disc, x, rollouts=16):
+    """SeqGAN's reward of each token: the mean verdict on 16 completions of its prefix.  The
+    completions are drawn with the cache, so that the comparison is of methods, not of loops."""
+    B, T = x.shape[0], int(real_tokens(x).sum(1).max())
+    rewards = torch.zeros(B, T)
+    for t in range(1, T + 1):
+        y, cache = x[:, :t + 1].repeat_interleave(rollouts, 0), {}
+        full, token = y, y
+        for _ in range(T - t):
+            token = model(token, cache)[:, -1].softmax(-1).multinomial(1)
+            full = torch.cat([full, token], 1)
+        full = torch.nn.functional.pad(full, (0, x.shape[1] - full.shape[1]))
+        verdicts = disc(full).gather(1, real_tokens(full).sum(1, True).long() - 1)
+        rewards[:, t - 1] = verdicts.sigmoid().view(B, rollouts).mean(1)
+    return rewards
+
+
+def adversarial_rates(model, cfg, seconds):
+    """Sequences a second of our generator step, and of a SeqGAN step with 16 rollouts."""
+    ref, n = deepcopy(model).requires_grad_(False), 4 * cfg.batch_size
+    disc, cnn = PrefixDiscriminator(ref), CNNDiscriminator(ref)
+    adam = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
+
+    def seqgan():
+        x = sample(model, cfg.batch_size)
+        rewards = rollout_rewards(model, cnn, x)
+        x = x[:, :rewards.shape[1] + 1]
+        policy_gradient_loss(token_logp(model, x), rewards * real_tokens(x)).backward()
+        adam.step(), adam.zero_grad()
+    start, steps = time.time(), 0
+    while time.time() - start < seconds:
+        train_generator(model, ref, disc, replace(cfg, g_steps=5, gan_lr=1e-6))
+        steps += 5
+    ours = steps * n / (time.time() - start)
+    return ours, rate(seqgan, lambda: cfg.batch_size, seconds)
+
+
+def as_gpt2(model):
+    """The same weights in HuggingFace's GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    V, context, n_layer, C = model.shape
+    hf = GPT2LMHeadModel(GPT2Config(
+        vocab_size=V, n_positions=context + 1, n_embd=C, n_layer=n_layer, n_head=C // 32,
+        activation_function="gelu", bos_token_id=0, eos_token_id=0)).eval()
+    names = {"token": "wte", "position": "wpe", "ln": "ln_f"} | {
+        f"layers.{i}.{ours}": f"h.{i}.{theirs}" for i in range(n_layer) for ours, theirs in (
+            ("0.0", "ln_1"), ("0.1", "attn.c_attn"), ("1", "attn.c_proj"), ("2.0", "ln_2"),
+            ("2.1", "mlp.c_fc"), ("2.3", "mlp.c_proj"))}
+    theirs = hf.transformer.state_dict()
+    for name, p in model.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        p = p.T if "c_" in names[module] and p.dim() == 2 else p
+        theirs[f"{names[module]}.{kind}"].copy_(p)
+    return hf
+
+
+def test_logits_equal_those_of_transformers_gpt2():
+    pytest.importorskip("transformers")
+    model, x = tiny_gpt(V=50, context=16), torch.randint(50, (4, 16))
+    assert torch.allclose(model(x), as_gpt2(model)(x).logits, atol=1e-4)
+
+
+def trained(data, preset, steps):
+    cfg = parse(["--device", "cpu", "--preset", preset])
+    torch.manual_seed(0)
+    model = new_model({"symbols": data.symbols}, cfg)
+    train_likelihood(model, data.messy, steps, 4e-3, cfg)
+    return model, cfg
+
+
+def test_sampling_and_the_adversarial_step_are_faster_than_the_usual_ways(data):
+    model, cfg = trained(data, "tiny", 100)
+    ours, loop = sampling_rates(model, 200, 0.5)
+    assert ours > 2 * loop
+    ours, rollouts = adversarial_rates(model, replace(cfg, batch_size=16), 0.5)
+    assert ours > 5 * rollouts
+
+
+def speed():
+    data = Data(parse(["--device", "cpu"]))
+    for preset, steps in (("tiny", 400), ("small", 300)):
+        model, cfg = trained(data, preset, steps)
+        ours, other = training_rates(data, cfg, 8)
+        print(f"{preset}: training {ours:,.0f} real tokens/s, nanoGPT-style {other:,.0f}: "
+              f"{ours / other:.2f} times")
+        for n in (256, 2000):
+            ours, other = sampling_rates(model, n, 8)
+            print(f"{preset}: sampling {n} at once {ours:,.0f} tokens/s, without a cache "
+                  f"{other:,.0f}: {ours / other:.1f} times")
+            with suppress(ImportError):
+                hf, count = as_gpt2(model), {}
+
+                def generate():
+                    x = hf.generate(torch.zeros(n, 1, dtype=torch.long), do_sample=True, top_k=0,
+                                    max_length=65, pad_token_id=0,
+                                    attention_mask=torch.ones(n, 1, dtype=torch.long))
+                    count["n"] = int(real_tokens(x).sum())
+                other = rate(generate, lambda: count["n"], 8)
+                print(f"{preset}: sampling {n} at once by transformers' generate {other:,.0f} "
+                      f"tokens/s: ours is {ours / other:.1f} times that")
+        ours, other = adversarial_rates(model, cfg, 15)
+        print(f"{preset}: adversarial step {ours:,.0f} sequences/s, SeqGAN's with 16 rollouts "
+              f"{other:,.1f}: {ours / other:.0f} times")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count())
+    speed()

@@ -1,7 +1,6 @@
 """What every program needs and no lesson is about: flags from a dataclass, errors of one line,
 a file that is written whole or not at all, and a place among the processes of torchrun."""
 import argparse
-import contextlib
 import io
 import os
 import sys
@@ -73,6 +72,8 @@ def flags_of(config, description, argv=None):
 
 def save(run, path):
     """torch.save, whole or not at all: a kill or a full disk leaves the file that was there."""
+    if ranks()[0]:
+        return  # one process writes
     content = io.BytesIO()
     torch.save(run, content)  # not to the file itself: of a full disk torch makes a strange error
     new = path.with_name(f".{path.name}.{os.getpid()}")
@@ -80,8 +81,21 @@ def save(run, path):
         new.write_bytes(content.getvalue())
         new.replace(path)
     finally:
-        with contextlib.suppress(OSError):
-            new.unlink()
+        new.unlink(missing_ok=True)
+
+
+def load(path, device, config=None):
+    """What save() wrote; with `config`, only if it is a run of the same configuration."""
+    try:
+        run = torch.load(path, map_location=device, weights_only=True)
+        saved = {k: run["config"][k] for k in run["config"].keys() - {"out", "resume", "device"}}
+    except Exception as error:  # whatever a damaged, foreign or hostile file makes of itself
+        fail(f"--out {path.parent}: {path.name} is no checkpoint of this program "
+             f"({type(error).__name__})")
+    for k in sorted(saved if config else ()):
+        if config.get(k) != saved[k]:
+            fail(f"--{k} {config.get(k)}: the run in --out has {saved[k]}")
+    return run
 
 
 def ranks():

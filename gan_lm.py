@@ -300,7 +300,9 @@ def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
     best, state = held_out(), deepcopy(model.state_dict())
     for i in trange(1, steps + 1, desc=name, disable=None):
-        loss_of_a_batch().backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda):
+            loss = loss_of_a_batch()  # in 16 bits on a GPU; what is measured later is in 32
+        loss.backward()
         average([p.grad for p in model.parameters() if p.grad is not None])
         if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
             print(f"{name}: no finite gradient at step {i}; back to the best model before it")
@@ -377,7 +379,6 @@ def train_generator(model, ref, disc, cfg):
 
 def adversarial_phase(model, disc, data, cfg):
     """Rounds of: the discriminator against the frozen current model, then the model against it.
-
     A round is kept only if held-out text says so: there D's loss must be two standard errors
     below chance, and the likelihood must not fall by more than two.  -> a record a round."""
     records, (real, val, _) = [], data.curated
@@ -434,7 +435,7 @@ def measure(model, T, data, cfg, disc=None):
 
     def logq(x):
         logp = sequence_logp(model, x, T) + (verdict(disc, x) - log_z if disc else 0.0)
-        return logp.double().cpu().numpy()
+        return logp.cpu().double().numpy()
 
     lines = to_lines(x, data.symbols)
     row = {"temperature": T, "novel": np.mean([s not in data.seen for s in lines]),
@@ -450,7 +451,6 @@ def measure(model, T, data, cfg, disc=None):
 
 def fresh_judge(model, x, data, cfg):
     """A discriminator that has met neither side yet: its accuracy on unseen pairs, 0.5 is perfect.
-
     Of the test lines and the samples x half train it, a quarter stops it, a quarter is judged."""
     real, fake = data.curated[2], data.novel(x)
     n = min(len(real), len(fake)) // 4  # Data and novel() leave at least 4 of each

@@ -112,6 +112,8 @@ def average(tensors):
 
 def join_torchrun(device):
     """Meet the other processes, where torchrun started this one; only the first speaks."""
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if device == "cuda":

@@ -30,8 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import trange
 from tiny_data.language import Grammar, load_texts, read, tokens_of
-from tiny_data.plumbing import (average, fail, flag, flags_of, join_torchrun, leave_torchrun, load,
-                                one_line_errors, ranks, save)
+from tiny_data.plumbing import (agreed, average, fail, flag, flags_of, join_torchrun,
+                                leave_torchrun, load, one_line_errors, ranks, save)
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
 CHIPS = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
@@ -374,7 +374,7 @@ def train_generator(model, ref, disc, cfg):
         torch.manual_seed(torch.initial_seed() + 1 + ranks()[0])
         fit(model, cfg.g_steps, cfg.gan_lr, loss, "generator")
     ends = [np.mean(part, 0).tolist() for part in (stats[:40], stats[-40:])]  # of 10 steps each
-    return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), zip(*ends)))
+    return agreed(dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), zip(*ends))))
 
 
 def adversarial_phase(model, disc, data, cfg):
@@ -386,16 +386,16 @@ def adversarial_phase(model, disc, data, cfg):
         ref = disc.ref[0] = deepcopy(model).requires_grad_(False)
         fake, new = sample(ref, cfg.batch_size * cfg.d_steps // 2), data.novel(sample(ref, 1000))
         record = {"round": number, **train_discriminator(disc, real, fake, val, new, cfg)}
-        chance = record["d_loss"] > math.log(2) - 2 * record["d_loss_se"]
-        why = "D is at chance on held-out pairs" if chance else ""
-        if not chance:
+        why = "D is at chance on held-out pairs"
+        if record["d_loss"] < math.log(2) - 2 * record["d_loss_se"]:
             record |= train_generator(model, ref, disc, cfg)
             gain = sequence_logp(model, val) - sequence_logp(ref, val)
             record |= {"unique": len(sample(model, 1000).unique(dim=0)) / 1000,
                        "heldout_gain": gain.mean().item()}
-            if gain.mean() < -2 * gain.std() / len(val) ** 0.5:
-                why = "held-out text became less likely"
-            why = "the samples collapsed" if record["unique"] < 0.5 else why
+            worse = gain.mean() < -2 * gain.std() / len(val) ** 0.5
+            why = "held-out text became less likely" if worse else ""
+            collapsed = record["unique"] < 0.5 or record["kl_to_ref"][1] > 20  # nats
+            why = "the samples collapsed" if collapsed else why
         if data.grammar:
             before, after = (measure(m, 1.0, data, cfg)[0] for m in (ref, model))
             record |= {"js": [before["js"].item(), after["js"].item()],
@@ -588,7 +588,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     run = dict(config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
     if cfg.resume and path.exists():
-        run = load(path, cfg.device, run["config"])
+        run = load(path, cfg.device, run)
     save(run, path)  # from now on the folder is taken
     train(run, cfg, data, path)
     leave_torchrun()

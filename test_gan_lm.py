@@ -757,6 +757,15 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_configuration(finishe
     assert "--seed 5" in err and (finished / "model.pt").read_bytes() == before
 
 
+def test_a_checkpoint_of_other_texts_or_shapes_says_so(finished, tmp_path, capsys):
+    run = torch.load(finished / "model.pt", weights_only=True)
+    torch.save(run | {"symbols": run["symbols"][:-1]}, tmp_path / "model.pt")
+    assert "texts" in complaint([*FILES, *FAST, "--out", str(tmp_path), "--resume"], capsys)
+    del run["models"]["gan"]["token.weight"]
+    torch.save(run, tmp_path / "model.pt")
+    assert "token.weight" in complaint(["--samples", "1", "--out", str(tmp_path)], capsys)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
 def test_a_damaged_checkpoint_is_refused(content, tmp_path, capsys):
     (tmp_path / "model.pt").write_bytes(content)

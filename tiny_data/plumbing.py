@@ -33,9 +33,12 @@ def one_line_errors(main):
         except KeyboardInterrupt:
             line, status = "stopped: finished phases are saved, --resume goes on from there", 130
         except RuntimeError as error:
-            if not dist.is_initialized():
+            if "state_dict" in str(error):
+                line, status = f"error: --out: model.pt does not fit its configuration: {error}", 2
+            elif dist.is_initialized():
+                line, status = f"error: a process of this torchrun is gone ({error})", 1
+            else:
                 raise
-            line, status = f"error: a process of this torchrun is gone ({error})", 1
         print(Path(sys.argv[0]).name + ": " + " ".join(line.split()), file=sys.stderr, flush=True)
         sys.exit(status)
     return program
@@ -84,17 +87,20 @@ def save(run, path):
         new.unlink(missing_ok=True)
 
 
-def load(path, device, config=None):
-    """What save() wrote; with `config`, only if it is a run of the same configuration."""
+def load(path, device, like=None):
+    """What save() wrote; with a fresh run `like`, only what goes on from the same beginning."""
     try:
         run = torch.load(path, map_location=device, weights_only=True)
         saved = {k: run["config"][k] for k in run["config"].keys() - {"out", "resume", "device"}}
+        symbols = run["symbols"]
     except Exception as error:  # whatever a damaged, foreign or hostile file makes of itself
         fail(f"--out {path.parent}: {path.name} is no checkpoint of this program "
              f"({type(error).__name__})")
-    for k in sorted(saved if config else ()):
-        if config.get(k) != saved[k]:
-            fail(f"--{k} {config.get(k)}: the run in --out has {saved[k]}")
+    for k in sorted(saved if like else ()):
+        if like["config"].get(k) != saved[k]:
+            fail(f"--{k} {like['config'].get(k)}: the run in --out has {saved[k]}")
+    if like and like["symbols"] != symbols:
+        fail(f"--out {path.parent}: the texts are not those that the run there began with")
     return run
 
 
@@ -108,6 +114,14 @@ def average(tensors):
     for x in tensors if dist.is_initialized() else ():
         dist.all_reduce(x)
         x /= dist.get_world_size()
+
+
+def agreed(value):
+    """What the first process says, in all of them: a decision must not differ."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def join_torchrun(device):

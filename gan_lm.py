@@ -28,16 +28,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import trange
+from tqdm import tqdm
 from tiny_data.language import Grammar, load_texts, read, tokens_of
 from tiny_data.plumbing import (agreed, average, fail, flag, flags_of, join_torchrun,
                                 leave_torchrun, load, one_line_errors, ranks, save)
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
 CHIPS = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
-LABELS = {"js": "JS to the truth in bits, lower is better", "temperature": "sampling temperature",
-          "kl": "KL(p‖q) in nats, lower is better", "valid": "valid: share of the samples",
-          "judge_acc": "accuracy of a fresh judge, 0.5 is best", "nll": "held-out NLL in nats"}
+LABELS = {"js": "JS to the truth, bits: lower is better", "kl": "KL(p‖q), nats: lower is better",
+          "judge_acc": "accuracy of a fresh judge: 0.5 is best", "nll": "held-out NLL, nats"}
 LIKELIHOOD = "mle", "sft", "mixed", "continued"  # the arms that have no GAN in them
 END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
 
@@ -299,7 +298,7 @@ def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
     adam = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
     best, state = held_out(), deepcopy(model.state_dict())
-    for i in trange(1, steps + 1, desc=name, disable=None):
+    for i in tqdm(range(1, steps + 1), name, disable=None):
         with torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda):
             loss = loss_of_a_batch()  # in 16 bits on a GPU; what is measured later is in 32
         loss.backward()
@@ -394,8 +393,8 @@ def adversarial_phase(model, disc, data, cfg):
                        "heldout_gain": gain.mean().item()}
             worse = gain.mean() < -2 * gain.std() / len(val) ** 0.5
             why = "held-out text became less likely" if worse else ""
-            collapsed = record["unique"] < 0.5 or record["kl_to_ref"][1] > 20  # nats
-            why = "the samples collapsed" if collapsed else why
+            if record["unique"] < 0.5 or record["kl_to_ref"][1] > 20:  # nats a sentence
+                why = "the samples collapsed"
         if data.grammar:
             before, after = (measure(m, 1.0, data, cfg)[0] for m in (ref, model))
             record |= {"js": [before["js"].item(), after["js"].item()],
@@ -521,7 +520,7 @@ def train(run, cfg, data, path):
         for course in courses:
             train_likelihood(model, *course, cfg)
         if not courses:
-            # D goes on from samples of MLE to the harder ones of SFT: a cold start there is lost
+            # D goes on from MLE's samples to the harder ones of SFT: it finds more than a new one
             disc = new_disc(run, cfg, None if cfg.disc == "scratch" else origin)
             records = adversarial_phase(model, disc, data, cfg)
             run["discriminator"] += [{"phase": name} | record for record in records]
@@ -538,7 +537,8 @@ def report(run, cfg, data, out):
     for name in (*LIKELIHOOD, "gan_mle", "gan", *["reranked"] * (cfg.rounds > 0)):
         model = new_model(run, cfg, "judged" if name == "reranked" else name)
         disc = new_disc(run, cfg, "judged") if name == "reranked" else None
-        rows = [measure(model, T, data, cfg, disc) for T in cfg.temperatures]
+        bar = tqdm(cfg.temperatures, name, disable=None)
+        rows = [measure(model, T, data, cfg, disc) for T in bar]
         arms += [{"name": name, **row} for row, _ in rows]
         print(f"\n{name} says" + (", * what the grammar could not:" if data.grammar else ":"))
         for line in sorted(rows[0][1][:10], key=lambda s: s not in data.seen):

@@ -614,6 +614,7 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert stopped.value.code == 130 and "--resume" in err and err.count("\n") == 1
     assert (tmp_path / "model.pt").exists()
+    assert "no phase" in complaint(["--samples", "1", "--out", str(tmp_path)], capsys)
 
 
 def test_a_full_disk_is_a_clear_message_and_the_last_checkpoint_is_whole(tmp_path, monkeypatch,
@@ -641,7 +642,7 @@ def test_a_saved_model_gives_the_same_samples_and_figures(finished, capsys):
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and printed[0].count("\n") == 5
     assert all(line.startswith("the dog") for line in printed[0].split("\n")[:5])
-    main([*FILES, *FAST, "--out", str(finished), "--resume"])  # nothing is left to train: it measures again
+    main([*FILES, *FAST, "--out", str(finished), "--resume"])  # trains nothing, measures again
     assert figures(finished) == before
 
 

@@ -92,10 +92,12 @@ def load(path, device, like=None):
     try:
         run = torch.load(path, map_location=device, weights_only=True)
         saved = {k: run["config"][k] for k in run["config"].keys() - {"out", "resume", "device"}}
-        symbols = run["symbols"]
+        symbols, done = run["symbols"], run["models"]
     except Exception as error:  # whatever a damaged, foreign or hostile file makes of itself
         fail(f"--out {path.parent}: {path.name} is no checkpoint of this program "
              f"({type(error).__name__})")
+    if not like and not done:
+        fail(f"--out {path.parent}: the run there has finished no phase yet: --resume goes on")
     for k in sorted(saved if like else ()):
         if like["config"].get(k) != saved[k]:
             fail(f"--{k} {like['config'].get(k)}: the run in --out has {saved[k]}")

@@ -294,10 +294,10 @@ def policy_gradient_loss(logp, advantage):
 
 # ---- 6 training phases: one loop, three losses ---------------------------------------------------
 def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
-    """AdamW on loss_of_a_batch(); the model ends as at the best of 16 looks at held_out()."""
+    """AdamW on loss_of_a_batch(); the model ends as at the best of some 16 looks at held_out()."""
     adam = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
-    best, state = held_out(), deepcopy(model.state_dict())
+    best, state, every = held_out(), deepcopy(model.state_dict()), max(10, math.ceil(steps / 16))
     for i in tqdm(range(1, steps + 1), name, disable=None):
         with torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda):
             loss = loss_of_a_batch()  # in 16 bits on a GPU; what is measured later is in 32
@@ -307,7 +307,7 @@ def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
             print(f"{name}: no finite gradient at step {i}; back to the best model before it")
             break
         adam.step(), rate.step(), adam.zero_grad()
-        if (i % math.ceil(steps / 16) == 0 or i == steps) and (now := held_out()) <= best:
+        if (i % every == 0 or i == steps) and (now := held_out()) <= best:
             best, state = now, deepcopy(model.state_dict())
     model.load_state_dict(state)
 
@@ -474,11 +474,11 @@ def show_report(arms, out):
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
         for axis, h, v in zip(axes, ("temperature", x), (y, up)):
-            for name in best:
+            for name in dict.fromkeys(a["name"] for a in arms):
                 rows = [(a[h], a[v], a[se] * (v == y)) for a in arms if a["name"] == name]
-                axis.errorbar(*zip(*rows), marker="o", label=name)
+                axis.errorbar(*zip(*rows), marker="o", label=name, ls="-:"[name in LIKELIHOOD])
             axis.set(xlabel=LABELS.get(h, h), ylabel=LABELS.get(v, v))
-        axes[0].legend()
+        axes[1].legend(loc="lower right", fontsize=9)
         figure.savefig(out / "frontier.png", dpi=120, bbox_inches="tight")
 
 

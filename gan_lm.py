@@ -471,8 +471,8 @@ def show_report(arms, out):
     verdict = "wins" if other[y] - gan[y] > 2 * math.hypot(gan[se], other[se]) else "does NOT win"
     print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}: the GAN phase {verdict}.")
     with suppress(ImportError):
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+        from matplotlib.figure import Figure
+        axes = (figure := Figure(figsize=(11, 4.5))).subplots(1, 2)
         for axis, h, v in zip(axes, ("temperature", x), (y, up)):
             for name in dict.fromkeys(a["name"] for a in arms):
                 rows = [(a[h], a[v], a[se] * (v == y)) for a in arms if a["name"] == name]

@@ -4,11 +4,12 @@
 # ///
 """Do GANs help language models?  One file that answers by measurement.
 
-A small GPT is trained by likelihood, as every language model is: on a large messy corpus (MLE),
-then on a small curated one (SFT).  Then comes the phase under test: a discriminator D learns to
-tell curated sentences from the model's own, and policy gradient moves the model to where it cannot.
-The text comes from a known grammar: how far each model is from the truth is computed, not guessed
-by a metric.  The cheap rivals, a lower temperature and more likelihood training, run along.
+A small GPT is trained by likelihood, as every language model is: on a large messy corpus (MLE,
+maximum likelihood), then on a small curated one (SFT, supervised fine-tuning).  Then comes the
+phase under test, a GAN: a discriminator D learns to tell curated sentences from the model's own,
+and policy gradient (write, be judged, make more likely what was judged well) moves the model to
+where D cannot.  The text comes from a known grammar: how far each model is from the truth is
+computed, not guessed.  The cheap rivals, a lower temperature and more likelihood, run along.
 
 Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts and the critic (D judges every prefix, so
 each token has its own reward), reward scaling, a blind D (ours reads what the model thought).
@@ -19,7 +20,6 @@ Map: 1 configuration  2 data  3 generator  4 discriminators  5 objectives  6 tra
 Shapes: B batch, T time, C channels, V vocabulary.  p is the truth, q the model, D the discriminator
 """
 import json, math, sys, time  # noqa: E401
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,13 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 from tiny_data.language import Grammar, load_texts, read, tokens_of
-from tiny_data.plumbing import (agreed, average, fail, flag, flags_of, join_torchrun,
-                                leave_torchrun, load, one_line_errors, ranks, save)
+from tiny_data.plumbing import (agreed, average, draw, fail, flag, flags_of, join_torchrun, load,
+                                leave_torchrun, one_line_errors, peak_memory_mb, ranks, save, write)
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
 CHIPS = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
-LABELS = {"js": "JS to the truth, bits: lower is better", "kl": "KL(p‖q), nats: lower is better",
-          "judge_acc": "accuracy of a fresh judge: 0.5 is best", "nll": "held-out NLL, nats"}
 LIKELIHOOD = "mle", "sft", "mixed", "continued"  # the arms that have no GAN in them
 END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
 
@@ -117,7 +115,12 @@ class Data:
 
 
 def real_tokens(x):
-    """(B, T+1) ids -> (B, T) mask: 1 where x[:, 1:] is a token or the closing END, 0 after that."""
+    """(B, T+1) ids -> (B, T) mask of the tokens that count: the text and its closing END.
+
+    x[:, :-1]        END  the  dog  runs  .    END  END    what the model reads
+    x[:, 1:]         the  dog  runs  .    END  END  END    what it should say next
+    real_tokens(x)    1    1    1    1    1    0    0
+    """
     return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1].ne(END).long().cumprod(1)], 1).float()
 
 
@@ -177,8 +180,8 @@ def token_logp(model, x, T=1.0):
 
 
 @torch.no_grad()
-def in_chunks(f, x, size=500):  # bounded memory, little padding
-    return torch.cat([f(trim(rows)) for rows in x.split(size)])
+def in_chunks(f, x):  # bounded memory, little padding
+    return torch.cat([f(trim(rows)) for rows in x.split(min(500, 32_500 // x.shape[1]))])
 
 
 def sequence_logp(model, x, T=1.0):
@@ -187,11 +190,11 @@ def sequence_logp(model, x, T=1.0):
 
 
 @torch.no_grad()
-def sample(model, n, T=1.0, prompt=(), chunk=2000):
+def sample(model, n, T=1.0, prompt=()):
     """n sequences at temperature T -> (n, context + 1) ids.  A finished row leaves the batch."""
     out = torch.full((n, model.shape[1] + 1), END, device=model.token.weight.device)
     out[:, 1:1 + len(prompt)] = torch.tensor(prompt)
-    for rows in torch.arange(n, device=out.device).split(chunk):
+    for rows in torch.arange(n, device=out.device).split(min(2000, 130_000 // out.shape[1])):
         x, cache = out[rows, :1 + len(prompt)], {}
         for t in range(1 + len(prompt), out.shape[1]):
             p = (model(x, cache)[:, -1] / T).softmax(-1)
@@ -211,8 +214,8 @@ class PrefixDiscriminator(GPT):
     """A language model with a verdict for a head: logit_t estimates log p(x_1..t) / q_ref(x_1..t).
 
     It starts as a copy of the generator q_ref, and reads two hints with each token, what the frozen
-    q_ref thought of it: log q_ref(x_t | x_<t) and the entropy of that step.  What is left to learn
-    is where q_ref is wrong, not the language."""
+    q_ref thought of it: log q_ref(x_t | x_<t) and minus the entropy of that step, both over 3 to be
+    about 1.  What is left to learn is where q_ref is wrong, not the language."""
     def __init__(self, ref):
         super().__init__(*ref.shape)
         self.load_state_dict(ref.state_dict())
@@ -244,6 +247,10 @@ class CNNDiscriminator(nn.Module):
 
 
 # ---- 5 objectives: pure functions, each with its equation ----------------------------------------
+# The method: D learns log p/q of every prefix (discriminator_loss).  A token's reward is by how
+# much it raised that (token_rewards); its advantage, how much better than usual things went from
+# there on (advantages).  A draw has no gradient, so none flows back through D: the model makes
+# each token that it drew more likely in proportion to its advantage (policy_gradient_loss).
 def likelihood_loss(logp):
     """MLE: -sum_t log q(x_t | x_<t), nats a sequence; (B, T) -> scalar."""
     return -logp.sum(1).mean()  # not the mean over tokens: it would favour batches of short rows
@@ -251,7 +258,6 @@ def likelihood_loss(logp):
 
 def discriminator_loss(logits, is_real, mask, kind="bce"):
     """How badly D tells real from fake at each prefix; (B, T), (B,) bool, (B, T) -> scalar.
-
     bce (Goodfellow et al. 2014, eq. 1): -log D(real) - log(1 - D(fake)), D = sigmoid(logit); at its
     optimum the logit is log p/q.  pairwise (Bradley-Terry; the reward model of RLHF):
     -log sigmoid(logit_real - logit_fake), each real prefix against each fake one of its length."""
@@ -265,7 +271,6 @@ def discriminator_loss(logits, is_real, mask, kind="bce"):
 
 def token_rewards(logits, mask, shape="logit"):
     """r_t = f(x_1..t) - f(x_1..t-1): by how much a token raised D's verdict; (B, T) -> (B, T).
-
     logit: f = log D/(1-D) = log p/q, towards reverse KL.  prob: f = D (SeqGAN).  ratio: f = D/(1-D)
     = p/q over its mean in the batch (MaliGAN, Che et al. 2017).  The empty prefix has logit 0."""
     s, seen = F.pad(logits, (1, 0)), F.pad(mask, (1, 0), value=1.0)
@@ -276,7 +281,6 @@ def token_rewards(logits, mask, shape="logit"):
 
 def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
     """A_t = sum_{k>=t} lam^(k-t) (r_k - kl_coef log q(x_k|x_<k)/q_ref(x_k|x_<k)) - baseline_t.
-
     With logit rewards and kl_coef 1 the expected sum is -KL(q || q_ref D/(1-D)), highest at
     q = q_ref D/(1-D), which is p where D is optimal: the coefficient is no knob.  The baseline is
     the batch mean at each position.  No division by the deviation: with D at chance it would blow
@@ -288,13 +292,15 @@ def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
 
 
 def policy_gradient_loss(logp, advantage):
-    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar."""
-    return -(advantage * logp).sum(1).mean()  # its gradient is what counts: the value is no score
+    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar.
+    Its gradient is, on average, that of the expected return; its value is no score."""
+    return -(advantage * logp).sum(1).mean()
 
 
 # ---- 6 training phases: one loop, three losses ---------------------------------------------------
 def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
-    """AdamW on loss_of_a_batch(); the model ends as at the best of some 16 looks at held_out()."""
+    """AdamW on loss_of_a_batch(); the model ends as at the best of some 16 looks at held_out().
+    The learning rate rises to `lr` in 20 steps and falls to 0 along a cosine."""
     adam = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
     best, state, every = held_out(), deepcopy(model.state_dict()), max(10, math.ceil(steps / 16))
@@ -349,9 +355,9 @@ def train_discriminator(disc, real, fake, real_val, fake_val, cfg, name="discrim
 
     fit(disc, cfg.d_steps, cfg.gan_lr, loss, name,
         held_out=lambda: judged(disc, real_val, fake_val)["d_loss"])
-    train = judged(disc, real[:2000], fake[:2000])
-    train = {"train_loss": train["d_loss"], "train_acc": train["heldout_acc"]}
-    return train | judged(disc, real_val, fake_val)
+    seen = judged(disc, real[:2000], fake[:2000])
+    return {"train_loss": seen["d_loss"], "train_acc": seen["heldout_acc"],
+            **judged(disc, real_val, fake_val)}
 
 
 def train_generator(model, ref, disc, cfg):
@@ -364,15 +370,15 @@ def train_generator(model, ref, disc, cfg):
             mask, logp = real_tokens(x), token_logp(model, x)  # of a quarter, of like length
             with torch.no_grad():  # no gradient reaches the discriminator or the reference
                 rewards, logp_ref = token_rewards(disc(x), mask, cfg.reward), token_logp(ref, x)
+                stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
             A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)
             total = total + policy_gradient_loss(logp, A) / 40  # 4 quarters; /10 as for MLE
-            stats.append([v.sum().item() / len(x) for v in (rewards, logp - logp_ref, -logp, mask)])
         return total
 
     with torch.random.fork_rng():  # under torchrun each process draws samples of its own
         torch.manual_seed(torch.initial_seed() + 1 + ranks()[0])
         fit(model, cfg.g_steps, cfg.gan_lr, loss, "generator")
-    ends = [np.mean(part, 0).tolist() for part in (stats[:40], stats[-40:])]  # of 10 steps each
+    ends = [torch.stack(part).mean(0).tolist() for part in (stats[:40], stats[-40:])]  # 10 steps
     return agreed(dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), zip(*ends))))
 
 
@@ -410,14 +416,15 @@ def adversarial_phase(model, disc, data, cfg):
 
 # ---- 7 measurement -------------------------------------------------------------------------------
 def divergences(logp_p, logq_p, logp_q, logq_q):
-    """From exact log p and log q on samples of p and of q: KL (nats), JS (bits), its error, TV.
+    """From exact log p and log q on samples of p and of q: KL (nats), JS (bits), TV; errors _se.
 
     KL = E_p log p/q.  JS = (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2 (Lin 1991).
     TV = E_p (1 - q/p)+ = E_q (1 - p/q)+; the best possible D is right (1 + TV)/2 of the time."""
     other = logq_p - logp_p, logp_q - logq_q  # log of the other density over the sample's own
     js = [1 - np.logaddexp(0, a) / math.log(2) for a in other]
     tv = [-np.expm1(np.minimum(a, 0)).mean() for a in other]
-    return {"kl": -other[0].mean(), "js": (js[0].mean() + js[1].mean()) / 2,
+    return {"kl": -other[0].mean(), "kl_se": other[0].std() / math.sqrt(len(other[0])),
+            "js": (js[0].mean() + js[1].mean()) / 2,
             "js_se": math.sqrt(sum(a.var() / len(a) for a in js)) / 2, "tv": sum(tv) / 2}
 
 
@@ -444,7 +451,8 @@ def measure(model, T, data, cfg, disc=None):
         return row | fresh_judge(model, x, data, cfg), lines
     (truth, logp_p), logp_q = data.truth, data.grammar.logps(lines)
     valid = np.isfinite(logp_q)
-    row |= {"valid": valid.mean(), "valid_logp": logp_q[valid].mean() if valid.any() else 0.0}
+    row |= {"valid": valid.mean(), "valid_se": valid.std() / math.sqrt(len(x)),
+            "valid_logp": logp_q[valid].mean() if valid.any() else 0.0}
     return row | divergences(logp_p, logq(truth), logp_q, logq(x)), lines
 
 
@@ -456,30 +464,25 @@ def fresh_judge(model, x, data, cfg):
     (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
     judge = PrefixDiscriminator(model).to(cfg.device)
     train_discriminator(judge, r, f, r_val, f_val, replace(cfg, d_steps=cfg.d_steps // 2), "judge")
-    return {"judge_acc": judged(judge, r_test, f_test)["heldout_acc"], "judge_se": (8 * n) ** -0.5}
+    return {"judge_acc": judged(judge, r_test, f_test)["heldout_acc"],
+            "judge_acc_se": 0.5 / math.sqrt(2 * n)}  # that of 2n throws of a coin
 
 
 def show_report(arms, out):
     """The table, its answer in a sentence, and the picture where matplotlib is installed."""
-    y, se, x, up = ("js js_se kl valid", "judge_acc judge_se nll novel")["nll" in arms[0]].split()
-    columns = ["temperature", y, se, x, *["tv", "valid"] * (y == "js"), "novel", "unique"]
+    exact = "js" in arms[0]
+    y, x, share = ("js", "kl", "valid") if exact else ("judge_acc", "nll", "novel")
+    se, more = y + "_se", ["tv", "valid"] if exact else []
+    columns = ["temperature", y, se, x, *more, "novel", "unique"]
     print("\n" + " " * 10 + "".join(f"{c:>12}" for c in columns))
     for a in arms:
         print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
     best = {a["name"]: a for a in sorted(arms, key=lambda a: -a[y])}  # the last of a name stays
     gan, other = best["gan"], min(map(best.get, LIKELIHOOD), key=lambda a: a[y])
     verdict = "wins" if other[y] - gan[y] > 2 * math.hypot(gan[se], other[se]) else "does NOT win"
-    print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}: the GAN phase {verdict}.")
-    with suppress(ImportError):
-        from matplotlib.figure import Figure
-        axes = (figure := Figure(figsize=(11, 4.5))).subplots(1, 2)
-        for axis, h, v in zip(axes, ("temperature", x), (y, up)):
-            for name in dict.fromkeys(a["name"] for a in arms):
-                rows = [(a[h], a[v], a[se] * (v == y)) for a in arms if a["name"] == name]
-                axis.errorbar(*zip(*rows), marker="o", label=name, ls="-:"[name in LIKELIHOOD])
-            axis.set(xlabel=LABELS.get(h, h), ylabel=LABELS.get(v, v))
-        axes[1].legend(loc="lower right", fontsize=9)
-        figure.savefig(out / "frontier.png", dpi=120, bbox_inches="tight")
+    answer = f"Best {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}: the GAN phase {verdict}."
+    print("\n" + answer)
+    draw(arms, [("temperature", y), (x, share)], LIKELIHOOD, answer, out / "frontier.png")
 
 
 # ---- 8 main --------------------------------------------------------------------------------------
@@ -551,16 +554,13 @@ def report(run, cfg, data, out):
     timing["sample_tokens_per_s"] = real_tokens(x).sum().item() / (time.time() - start)
     tokens = real_tokens(data.messy[0]).sum(1).mean().item() * cfg.batch_size * cfg.pretrain_steps
     timing["pretrain_tokens_per_s"] = tokens / timing["pretrain_s"]
-    with suppress(ImportError):  # Windows has no such module
-        import resource
-        timing["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    timing["peak_memory_mb"] = peak_memory_mb(cfg.device)
     print("\n" + "  ".join(f"{key} {value:.0f}" for key, value in timing.items()))
-    lines = "".join(line + "\n" for line in to_lines(x, data.symbols))
-    (out / "samples.txt").write_text(lines, encoding="utf-8")
+    write("".join(line + "\n" for line in to_lines(x, data.symbols)), out / "samples.txt")
     result = dict(config=run["config"], versions=dict(python=sys.version, torch=torch.__version__),
                   entropy=-data.truth[1].mean() if data.grammar else None, arms=arms,
                   discriminator=run["discriminator"], timing=timing)
-    (out / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write(json.dumps(result, indent=1), out / "report.json")
 
 
 def print_samples(cfg, path):

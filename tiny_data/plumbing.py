@@ -1,5 +1,5 @@
 """What every program needs and no lesson is about: flags from a dataclass, errors of one line,
-a file that is written whole or not at all, and a place among the processes of torchrun."""
+files that are written whole or not at all, a picture, a place among the processes of torchrun."""
 import argparse
 import io
 import os
@@ -29,7 +29,8 @@ def one_line_errors(main):
         except (UserError, OSError) as error:
             line, status = f"error: {error}", 2
         except torch.cuda.OutOfMemoryError:
-            line, status = "error: the GPU's memory is full: lower --batch_size, or --preset", 2
+            flags = "--batch_size, --context or --preset"
+            line, status = f"error: the GPU's memory is full: lower {flags}", 2
         except KeyboardInterrupt:
             line, status = "stopped: finished phases are saved, --resume goes on from there", 130
         except RuntimeError as error:
@@ -73,18 +74,22 @@ def flags_of(config, description, argv=None):
     return cfg
 
 
-def save(run, path):
-    """torch.save, whole or not at all: a kill or a full disk leaves the file that was there."""
-    if ranks()[0]:
-        return  # one process writes
-    content = io.BytesIO()
-    torch.save(run, content)  # not to the file itself: of a full disk torch makes a strange error
+def write(content, path):
+    """Text or bytes to a file, whole or not at all: a full disk leaves the file that was there."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        new.write_bytes(content.getvalue())
+        new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def save(run, path):
+    """A checkpoint, by the one process that writes."""
+    if not ranks()[0]:
+        content = io.BytesIO()  # of a full disk torch.save itself would make a strange error
+        torch.save(run, content)
+        write(content.getvalue(), path)
 
 
 def load(path, device, like=None):
@@ -104,6 +109,50 @@ def load(path, device, like=None):
     if like and like["symbols"] != symbols:
         fail(f"--out {path.parent}: the texts are not those that the run there began with")
     return run
+
+
+LABELS = {"js": "JS to the truth in bits (0 is best)", "kl": "KL(p‖q) in nats (0 is best)",
+          "valid": "share of valid samples (1 is best)", "nll": "held-out NLL in nats a line",
+          "judge_acc": "accuracy of a fresh judge (0.5 is best)", "temperature": "temperature T",
+          "novel": "share of novel samples"}
+BLUE, RED = ["#9ecae1", "#6baed6", "#3182bd", "#08306b"], ["#fdae6b", "#e6550d", "#99000d"]
+
+
+def draw(arms, panels, likelihood, title, path):
+    """The report as a picture, where matplotlib is installed: in each panel, a pair of figures
+    (x, y), a curve for each arm over its temperatures, with a standard error on either side.
+    The arms named in `likelihood` are dotted and blue, those with a GAN solid and red."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    names = list(dict.fromkeys(a["name"] for a in arms))
+    blue = dict(zip([name for name in names if name in likelihood], BLUE))
+    red = dict(zip([name for name in names if name not in likelihood], RED))
+    for axis, (x, y) in zip(figure.subplots(1, 2), panels):
+        for name in names:
+            rows = [[a.get(key, 0.0) for key in (x, y, y + "_se", x + "_se")]
+                    for a in arms if a["name"] == name]
+            axis.errorbar(*zip(*rows), label=name, color=(blue | red)[name], marker="o",
+                          linestyle="dotted" if name in blue else "solid")
+        axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper",
+                  title="dotted: no GAN")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def peak_memory_mb(device):
+    """The most memory that this process has held, on the GPU if it worked there; 0: not known."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0.0
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def ranks():

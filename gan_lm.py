@@ -34,7 +34,7 @@ from tiny_data.plumbing import (agreed, average, draw, fail, flag, flags_of, joi
                                 leave_torchrun, one_line_errors, peak_memory_mb, ranks, save, write)
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
-CHIPS = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
+CHIPS = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
 LIKELIHOOD = "mle", "sft", "mixed", "continued"  # the arms that have no GAN in them
 END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
 
@@ -119,8 +119,7 @@ def real_tokens(x):
 
     x[:, :-1]        END  the  dog  runs  .    END  END    what the model reads
     x[:, 1:]         the  dog  runs  .    END  END  END    what it should say next
-    real_tokens(x)    1    1    1    1    1    0    0
-    """
+    real_tokens(x)    1    1    1    1    1    0    0"""
     return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1].ne(END).long().cumprod(1)], 1).float()
 
 
@@ -130,12 +129,13 @@ def trim(x):
 
 def batches(x, size, *labels):
     """Endless shuffled batches, each of rows of like length, so that little padding is computed."""
-    length, (rank, world) = real_tokens(x).sum(1), ranks()  # a process takes its part of a batch
+    length, (rank, world) = real_tokens(x).sum(1), ranks()
     size = min(size * world, len(x))
     while True:
         for rows in torch.randperm(len(x), device=x.device).split(size * 16):
-            parts = rows[length[rows].argsort()][:len(rows) // size * size].view(-1, size)
-            for part in parts[torch.randperm(len(parts)), rank::world]:
+            sets = rows[length[rows].argsort()].split(size)[:len(rows) // size]
+            for i in torch.randperm(len(sets)):
+                part = sets[i][rank::world]  # each process of a torchrun takes its part of a batch
                 yield trim(x[part]), *(label[part] for label in labels)
 
 
@@ -430,7 +430,6 @@ def divergences(logp_p, logq_p, logp_q, logq_q):
 
 def measure(model, T, data, cfg, disc=None):
     """A row of the report for `model` at temperature T, and the samples that it was measured on.
-
     With `disc` the model stays as it is and its samples are re-ranked: of four times as many some
     are drawn by the weight D/(1-D), so that they follow q D/(1-D) / Z (Deng et al. 2020)."""
     x, log_z = sample(model, cfg.eval_samples * (4 if disc else 1), T), 0.0
@@ -510,14 +509,15 @@ def train(run, cfg, data, path):
     mixed = [torch.cat([data.messy[0], data.curated[0].repeat(times, 1)]), data.curated[1]]
     more = int(cfg.continued * cfg.rounds * (12 * cfg.d_steps + 8 * cfg.g_steps))  # the GAN's time
     sft = data.curated, cfg.sft_steps, cfg.lr / 8
-    phases = {"mle": (None, [(data.messy, cfg.pretrain_steps, cfg.lr)]),  # name: (origin, courses)
+    # name: (the model it begins from, courses of likelihood); where there are none, the GAN
+    phases = {"mle": (None, [(data.messy, cfg.pretrain_steps, cfg.lr)]),
               "sft": ("mle", [sft]), "gan_mle": ("mle", []), "gan": ("sft", []),
               "continued": ("mle", [(data.messy, more, cfg.lr), sft]),
               "mixed": ("mle", [(mixed, 2 * cfg.sft_steps, cfg.lr / 8)])}
     for i, (name, (origin, courses)) in enumerate(phases.items()):
         if name in models:
             continue
-        print(f"\n{name}" + f", from {origin}" * bool(origin), flush=True)
+        print(f"\n{name}, from {origin}" if origin else f"\n{name}", flush=True)
         torch.manual_seed(100 * cfg.seed + i)
         start, model = time.time(), new_model(run, cfg, origin)
         for course in courses:
@@ -537,7 +537,7 @@ def report(run, cfg, data, out):
     """Measure every model at every temperature; print, draw and write what comes out."""
     torch.manual_seed(cfg.seed)
     arms, timing, start = [], dict(run["timing"]), time.time()
-    for name in (*LIKELIHOOD, "gan_mle", "gan", *["reranked"] * (cfg.rounds > 0)):
+    for name in (*LIKELIHOOD, "gan_mle", "gan") + (("reranked",) if cfg.rounds else ()):
         model = new_model(run, cfg, "judged" if name == "reranked" else name)
         disc = new_disc(run, cfg, "judged") if name == "reranked" else None
         bar = tqdm(cfg.temperatures, name, disable=None)
@@ -545,7 +545,7 @@ def report(run, cfg, data, out):
         arms += [{"name": name, **row} for row, _ in rows]
         print(f"\n{name} says" + (", * what the grammar could not:" if data.grammar else ":"))
         for line in sorted(rows[0][1][:10], key=lambda s: s not in data.seen):
-            mark = " *"[bool(data.grammar) and data.grammar.logp(line) == -math.inf]
+            mark = "*" if data.grammar and data.grammar.logp(line) == -math.inf else " "
             print("  in training" if line in data.seen else "  new        ", mark, line)
     show_report(arms, out)
     timing["measure_s"] = time.time() - start

@@ -388,9 +388,10 @@ def adversarial_phase(model, disc, data, cfg):
     below chance, and the likelihood must not fall by more than two.  -> a record a round."""
     records, (real, val, _) = [], data.curated
     for number in range(1, cfg.rounds + 1):
-        ref = disc.ref[0] = deepcopy(model).requires_grad_(False)
-        fake, new = sample(ref, cfg.batch_size * cfg.d_steps // 2), data.novel(sample(ref, 1000))
-        record = {"round": number, **train_discriminator(disc, real, fake, val, new, cfg)}
+        ref = disc.ref[0] = deepcopy(model).requires_grad_(False)  # D's hints come from it too
+        fake = sample(ref, cfg.batch_size * cfg.d_steps // 2)
+        fake_val = data.novel(sample(ref, 1000))
+        record = {"round": number, **train_discriminator(disc, real, fake, val, fake_val, cfg)}
         why = "D is at chance on held-out pairs"
         if record["d_loss"] < math.log(2) - 2 * record["d_loss_se"]:
             record |= train_generator(model, ref, disc, cfg)
@@ -417,7 +418,6 @@ def adversarial_phase(model, disc, data, cfg):
 # ---- 7 measurement -------------------------------------------------------------------------------
 def divergences(logp_p, logq_p, logp_q, logq_q):
     """From exact log p and log q on samples of p and of q: KL (nats), JS (bits), TV; errors _se.
-
     KL = E_p log p/q.  JS = (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2 (Lin 1991).
     TV = E_p (1 - q/p)+ = E_q (1 - p/q)+; the best possible D is right (1 + TV)/2 of the time."""
     other = logq_p - logp_p, logp_q - logq_q  # log of the other density over the sample's own
@@ -527,7 +527,7 @@ def train(run, cfg, data, path):
             disc = new_disc(run, cfg, None if cfg.disc == "scratch" else origin)
             records = adversarial_phase(model, disc, data, cfg)
             run["discriminator"] += [{"phase": name} | record for record in records]
-            models |= {"disc": disc.state_dict(), "judged": disc.ref[0].state_dict()}
+            models |= {"disc": disc.state_dict(), "ref": disc.ref[0].state_dict()}
         phase = {"mle": "pretrain", "gan": "adversarial"}.get(name, name)
         models[name], run["timing"][phase + "_s"] = model.state_dict(), time.time() - start
         save(run, path)
@@ -538,8 +538,8 @@ def report(run, cfg, data, out):
     torch.manual_seed(cfg.seed)
     arms, timing, start = [], dict(run["timing"]), time.time()
     for name in (*LIKELIHOOD, "gan_mle", "gan") + (("reranked",) if cfg.rounds else ()):
-        model = new_model(run, cfg, "judged" if name == "reranked" else name)
-        disc = new_disc(run, cfg, "judged") if name == "reranked" else None
+        model = new_model(run, cfg, "ref" if name == "reranked" else name)
+        disc = new_disc(run, cfg, "ref") if name == "reranked" else None
         bar = tqdm(cfg.temperatures, name, disable=None)
         rows = [measure(model, T, data, cfg, disc) for T in bar]
         arms += [{"name": name, **row} for row, _ in rows]

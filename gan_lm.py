@@ -197,11 +197,11 @@ def sample(model, n, T=1.0, prompt=()):
     for rows in torch.arange(n, device=out.device).split(min(2000, 130_000 // out.shape[1])):
         x, cache = out[rows, :1 + len(prompt)], {}
         for t in range(1 + len(prompt), out.shape[1]):
-            p = (model(x, cache)[:, -1] / T).softmax(-1)
-            # an exponential race: argmax p/E with E ~ Exp(1) is a draw from p
+            p = (model(x, cache)[:, -1] / T).softmax(-1)  # argmax p/E, E ~ Exp(1), is a draw from p
             x = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
             out[rows, t] = x[:, 0]
-            if not (going := x[:, 0].ne(END)).all():
+            going = x[:, 0].ne(END).nonzero()[:, 0]  # here alone the host waits for a GPU
+            if len(going) < len(rows):
                 rows, x = rows[going], x[going]
                 cache = {i: (k[going], v[going]) for i, (k, v) in cache.items()}
             if not len(rows):

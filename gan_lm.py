@@ -59,7 +59,7 @@ class Config:
     context: int = flag(0, "longest sequence in tokens, the rest is cut; 0: as preset", (0, 4096))
     batch_size: int = flag(64, "sequences a step; GAN steps take four such batches", (2, 10**6))
     pretrain_steps: int = flag(4000, "MLE steps on --data", (0, 10**9), "training by likelihood")
-    lr: float = flag(4e-3, "peak learning rate of MLE; an eighth for SFT", (0, 1))
+    lr: float = flag(0.0, "peak rate of MLE, an eighth for SFT; 0: 4e-3, less where wide", (0, 1))
     sft_steps: int = flag(600, "SFT steps on --curated", (0, 10**9))
     continued: float = flag(1.0, "length of the rival arm `continued`, in the GAN's", (0, 1000))
     rounds: int = flag(1, "turns of both networks; 0: no GAN", (0, 1000), "the adversarial phase")
@@ -67,7 +67,7 @@ class Config:
     d_loss: str = flag("bce", "the GAN's loss or the reward model's", ["bce", "pairwise"])
     d_steps: int = flag(200, "discriminator steps a round", (1, 10**9))
     g_steps: int = flag(300, "policy-gradient steps a round", (1, 10**9))
-    gan_lr: float = flag(3e-3, "peak learning rate of both", (0, 1))
+    gan_lr: float = flag(0.0, "peak rate of both networks; 0: 3e-3, less where wide", (0, 1))
     reward: str = flag("logit", "log D/(1-D), D, or D/(1-D)", ["logit", "prob", "ratio"])
     kl_coef: float = flag(1.0, "weight of the anchor; 1 is what the GAN says", (0, 1000))
     lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", (0, 1))
@@ -79,6 +79,8 @@ class Config:
 
     def __post_init__(self):
         self.context = self.context or PRESETS[self.preset][2]
+        slower = min(1, 2 / PRESETS[self.preset][1])  # 1/width beyond tiny's (Yang et al. 2022)
+        self.lr, self.gan_lr = self.lr or 4e-3 * slower, self.gan_lr or 3e-3 * slower
 
 
 # ---- 2 data: lines of text <-> (N, T+1) token ids ------------------------------------------------
@@ -509,8 +511,7 @@ def train(run, cfg, data, path):
     mixed = [torch.cat([data.messy[0], data.curated[0].repeat(times, 1)]), data.curated[1]]
     more = int(cfg.continued * cfg.rounds * (12 * cfg.d_steps + 8 * cfg.g_steps))  # the GAN's time
     sft = data.curated, cfg.sft_steps, cfg.lr / 8
-    # name: (the model it begins from, courses of likelihood); where there are none, the GAN
-    phases = {"mle": (None, [(data.messy, cfg.pretrain_steps, cfg.lr)]),
+    phases = {"mle": (None, [(data.messy, cfg.pretrain_steps, cfg.lr)]),  # origin, courses of MLE
               "sft": ("mle", [sft]), "gan_mle": ("mle", []), "gan": ("sft", []),
               "continued": ("mle", [(data.messy, more, cfg.lr), sft]),
               "mixed": ("mle", [(mixed, 2 * cfg.sft_steps, cfg.lr / 8)])}
@@ -587,8 +588,7 @@ def main(argv=None):
         fail(f"--out {out}: there is a run already; expected --resume, or another folder")
     out.mkdir(parents=True, exist_ok=True)
     run = dict(config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
-    if cfg.resume and path.exists():
-        run = load(path, cfg.device, run)
+    run = load(path, cfg.device, run) if cfg.resume and path.exists() else run
     save(run, path)  # from now on the folder is taken
     train(run, cfg, data, path)
     leave_torchrun()

@@ -90,6 +90,13 @@ def test_importing_trains_nothing_and_needs_no_matplotlib():
     assert done.stdout.strip() == "True", done.stderr
 
 
+def test_a_wider_model_takes_smaller_steps_unless_it_is_told_otherwise():
+    tiny, small, large = (parse(["--preset", p]) for p in ("tiny", "small", "large"))
+    assert (tiny.lr, tiny.gan_lr) == (4e-3, 3e-3) and (small.lr, small.gan_lr) == (2e-3, 1.5e-3)
+    assert large.lr == pytest.approx(4e-3 / 12) and large.context == 256
+    assert parse(["--preset", "large", "--lr", "0.01", "--context", "9"]).lr == 0.01
+
+
 # ---- the language
 
 def every_sentence(grammar, symbols, depth):

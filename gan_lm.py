@@ -40,8 +40,10 @@ END = 0  # one token begins, ends and pads a sequence: whatever follows the clos
 
 
 # ---- 1 configuration: each field is a flag of the same name --------------------------------------
-PRESETS = {"nano": (1, 1, 64), "tiny": (2, 2, 64), "small": (4, 4, 64),  # layers, heads, context
-           "medium": (8, 16, 64), "large": (12, 24, 256)}
+# gan_lr falls as 1/width beyond tiny's; the rates of medium and large were never tried
+PRESETS = {"nano": (1, 1, 64, 4e-3, 3e-3),  # layers, heads of 32, context, lr, gan_lr
+           "tiny": (2, 2, 64, 4e-3, 3e-3), "small": (4, 4, 64, 4e-3, 1.5e-3),
+           "medium": (8, 16, 64, 1e-3, 4e-4), "large": (12, 24, 256, 6e-4, 2.5e-4)}
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Config:
     context: int = flag(0, "longest sequence in tokens, the rest is cut; 0: as preset", (0, 4096))
     batch_size: int = flag(64, "sequences a step; GAN steps take four such batches", (2, 10**6))
     pretrain_steps: int = flag(4000, "MLE steps on --data", (0, 10**9), "training by likelihood")
-    lr: float = flag(0.0, "peak rate of MLE, an eighth for SFT; 0: 4e-3, less where wide", (0, 1))
+    lr: float = flag(0.0, "peak learning rate of MLE; an eighth for SFT; 0: as preset", (0, 1))
     sft_steps: int = flag(600, "SFT steps on --curated", (0, 10**9))
     continued: float = flag(1.0, "length of the rival arm `continued`, in the GAN's", (0, 1000))
     rounds: int = flag(1, "turns of both networks; 0: no GAN", (0, 1000), "the adversarial phase")
@@ -67,7 +69,7 @@ class Config:
     d_loss: str = flag("bce", "the GAN's loss or the reward model's", ["bce", "pairwise"])
     d_steps: int = flag(200, "discriminator steps a round", (1, 10**9))
     g_steps: int = flag(300, "policy-gradient steps a round", (1, 10**9))
-    gan_lr: float = flag(0.0, "peak rate of both networks; 0: 3e-3, less where wide", (0, 1))
+    gan_lr: float = flag(0.0, "peak learning rate of both; 0: as preset", (0, 1))
     reward: str = flag("logit", "log D/(1-D), D, or D/(1-D)", ["logit", "prob", "ratio"])
     kl_coef: float = flag(1.0, "weight of the anchor; 1 is what the GAN says", (0, 1000))
     lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", (0, 1))
@@ -78,9 +80,8 @@ class Config:
     temperature: float = flag(1.0, "of --samples and of samples.txt", (0.01, 100))
 
     def __post_init__(self):
-        self.context = self.context or PRESETS[self.preset][2]
-        slower = min(1, 2 / PRESETS[self.preset][1])  # 1/width beyond tiny's (Yang et al. 2022)
-        self.lr, self.gan_lr = self.lr or 4e-3 * slower, self.gan_lr or 3e-3 * slower
+        for name, value in zip(("context", "lr", "gan_lr"), PRESETS[self.preset][2:]):
+            setattr(self, name, getattr(self, name) or value)
 
 
 # ---- 2 data: lines of text <-> (N, T+1) token ids ------------------------------------------------
@@ -488,7 +489,7 @@ def show_report(arms, out):
 
 # ---- 8 main --------------------------------------------------------------------------------------
 def new_model(run, cfg, name=None):
-    n_layer, n_head, _ = PRESETS[cfg.preset]
+    n_layer, n_head, *_ = PRESETS[cfg.preset]
     model = GPT(len(run["symbols"]), cfg.context, n_layer, 32 * n_head).to(cfg.device)
     model.load_state_dict(run["models"][name] if name else model.state_dict())
     return model

@@ -90,11 +90,11 @@ def test_importing_trains_nothing_and_needs_no_matplotlib():
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_a_wider_model_takes_smaller_steps_unless_it_is_told_otherwise():
-    tiny, small, large = (parse(["--preset", p]) for p in ("tiny", "small", "large"))
-    assert (tiny.lr, tiny.gan_lr) == (4e-3, 3e-3) and (small.lr, small.gan_lr) == (2e-3, 1.5e-3)
-    assert large.lr == pytest.approx(4e-3 / 12) and large.context == 256
-    assert parse(["--preset", "large", "--lr", "0.01", "--context", "9"]).lr == 0.01
+def test_a_preset_gives_what_no_flag_gives():
+    tiny, large = parse([]), parse(["--preset", "large", "--lr", "0.01"])
+    assert (tiny.context, tiny.lr, tiny.gan_lr) == (64, 4e-3, 3e-3)
+    assert (large.context, large.lr) == (256, 0.01) and 0 < large.gan_lr < tiny.gan_lr
+    assert parse(["--preset", "large", "--context", "9"]).context == 9
 
 
 # ---- the language

@@ -215,7 +215,6 @@ def sample(model, n, T=1.0, prompt=()):
 # ---- 4 discriminators: (B, T+1) ids -> (B, T) logits, the t-th is the verdict on x_1..x_t --------
 class PrefixDiscriminator(GPT):
     """A language model with a verdict for a head: logit_t estimates log p(x_1..t) / q_ref(x_1..t).
-
     It starts as a copy of the generator q_ref, and reads two hints with each token, what the frozen
     q_ref thought of it: log q_ref(x_t | x_<t) and minus the entropy of that step, both over 3 to be
     about 1.  What is left to learn is where q_ref is wrong, not the language."""

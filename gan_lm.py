@@ -473,14 +473,14 @@ def show_report(arms, out):
     """The table, its answer in a sentence, and the picture where matplotlib is installed."""
     exact = "js" in arms[0]
     y, x, share = ("js", "kl", "valid") if exact else ("judge_acc", "nll", "novel")
-    se, more = y + "_se", ["tv", "valid"] if exact else []
-    columns = ["temperature", y, se, x, *more, "novel", "unique"]
+    columns = ["temperature", y, y + "_se", x, *(["tv", "valid"] if exact else []), "novel", "unique"]
     print("\n" + " " * 10 + "".join(f"{c:>12}" for c in columns))
     for a in arms:
         print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
     best = {a["name"]: a for a in sorted(arms, key=lambda a: -a[y])}  # the last of a name stays
     gan, other = best["gan"], min(map(best.get, LIKELIHOOD), key=lambda a: a[y])
-    verdict = "wins" if other[y] - gan[y] > 2 * math.hypot(gan[se], other[se]) else "does NOT win"
+    gain, error = other[y] - gan[y], math.hypot(gan[y + "_se"], other[y + "_se"])
+    verdict = "wins" if gain > max(0.01, 2 * error) else "does NOT win"
     answer = f"Best {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}: the GAN phase {verdict}."
     print("\n" + answer)
     draw(arms, [("temperature", y), (x, share)], LIKELIHOOD, answer, out / "frontier.png")

@@ -601,6 +601,18 @@ def test_a_run_writes_the_report_that_is_promised(finished):
     assert len((finished / "samples.txt").read_text(encoding="utf-8").split("\n")) == 1001
 
 
+def test_the_answer_is_yes_only_for_a_gain_beyond_its_error_and_worth_the_word(tmp_path, capsys):
+    def answer(js, se):
+        row = dict(temperature=1.0, js=0.5, js_se=se, kl=1.0, tv=0.5, valid=0.5, novel=1, unique=1)
+        names = [*gan_lm.LIKELIHOOD, "gan_mle", "gan"]
+        gan_lm.show_report([row | {"name": n, "js": js if n == "gan" else 0.5} for n in names],
+                           tmp_path)
+        return capsys.readouterr().out
+    assert "the GAN phase wins" in answer(0.4, 0.01)
+    assert "does NOT win" in answer(0.4, 0.05) and "does NOT win" in answer(0.499, 0.0)
+    assert "does NOT win" in answer(0.6, 0.01)
+
+
 def test_the_report_is_drawn_where_matplotlib_is_installed(finished, tmp_path):
     pytest.importorskip("matplotlib")
     arms = json.loads((finished / "report.json").read_text(encoding="utf-8"))["arms"]

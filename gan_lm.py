@@ -473,7 +473,7 @@ def show_report(arms, out):
     """The table, its answer in a sentence, and the picture where matplotlib is installed."""
     exact = "js" in arms[0]
     y, x, share = ("js", "kl", "valid") if exact else ("judge_acc", "nll", "novel")
-    columns = ["temperature", y, y + "_se", x, *(["tv", "valid"] if exact else []), "novel", "unique"]
+    columns = f"temperature {y} {y}_se {x} {'tv valid' if exact else ''} novel unique".split()
     print("\n" + " " * 10 + "".join(f"{c:>12}" for c in columns))
     for a in arms:
         print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))

@@ -953,7 +953,7 @@ gan_lm.main(sys.argv[1:])
 
 def rate(step, tokens, seconds=4.0):
     """Tokens (or whatever step() is told to count) a second, after a warm-up."""
-    step(), step()
+    step()
     start, done = time.time(), 0
     while time.time() - start < seconds:
         step()

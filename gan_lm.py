@@ -471,13 +471,13 @@ def fresh_judge(model, x, data, cfg):
 
 def show_report(arms, out):
     """The table, its answer in a sentence, and the picture where matplotlib is installed."""
-    exact = "js" in arms[0]
-    y, x, share = ("js", "kl", "valid") if exact else ("judge_acc", "nll", "novel")
-    columns = f"temperature {y} {y}_se {x} {'tv valid' if exact else ''} novel unique".split()
-    print("\n" + " " * 10 + "".join(f"{c:>12}" for c in columns))
+    y, x, share = ("js", "kl", "valid") if "js" in arms[0] else ("judge_acc", "nll", "novel")
+    columns = f"temperature {y} {y}_se {x} {'tv valid' if y == 'js' else ''} novel unique".split()
+    print("\n" + " " * 10 + "".join(f" {c:>11}" for c in columns))
     for a in arms:
         print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
-    best = {a["name"]: a for a in sorted(arms, key=lambda a: -a[y])}  # the last of a name stays
+    floor = 0.0 if y == "js" else 0.5  # a judge that is more often wrong than right saw nothing
+    best = {a["name"]: a | {y: max(a[y], floor)} for a in sorted(arms, key=lambda a: -a[y])}
     gan, other = best["gan"], min(map(best.get, LIKELIHOOD), key=lambda a: a[y])
     gain, error = other[y] - gan[y], math.hypot(gan[y + "_se"], other[y + "_se"])
     verdict = "wins" if gain > max(0.01, 2 * error) else "does NOT win"

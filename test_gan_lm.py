@@ -613,6 +613,14 @@ def test_the_answer_is_yes_only_for_a_gain_beyond_its_error_and_worth_the_word(t
     assert "does NOT win" in answer(0.6, 0.01)
 
 
+def test_a_judge_that_is_more_often_wrong_than_right_counts_as_chance(tmp_path, capsys):
+    row = dict(temperature=1.0, judge_acc=0.5, judge_acc_se=0.02, nll=9.0, novel=1, unique=1)
+    names = [*gan_lm.LIKELIHOOD, "gan_mle", "gan"]
+    gan_lm.show_report([row | {"name": n, "judge_acc": 0.3 if n == "gan" else 0.5} for n in names],
+                       tmp_path)
+    assert "gan 0.500" in (out := capsys.readouterr().out) and "does NOT win" in out
+
+
 def test_the_report_is_drawn_where_matplotlib_is_installed(finished, tmp_path):
     pytest.importorskip("matplotlib")
     arms = json.loads((finished / "report.json").read_text(encoding="utf-8"))["arms"]

@@ -601,24 +601,25 @@ def test_a_run_writes_the_report_that_is_promised(finished):
     assert len((finished / "samples.txt").read_text(encoding="utf-8").split("\n")) == 1001
 
 
+def reported(gan, tmp_path, capsys, **figures):
+    """What show_report() prints where all arms have the same figures, but for those of `gan`."""
+    row = dict(temperature=1.0, novel=1, unique=1) | figures
+    arms = [row | {"name": name} for name in (*gan_lm.LIKELIHOOD, "gan_mle")]
+    gan_lm.show_report([*arms, row | {"name": "gan"} | gan], tmp_path)
+    return capsys.readouterr().out
+
+
 def test_the_answer_is_yes_only_for_a_gain_beyond_its_error_and_worth_the_word(tmp_path, capsys):
     def answer(js, se):
-        row = dict(temperature=1.0, js=0.5, js_se=se, kl=1.0, tv=0.5, valid=0.5, novel=1, unique=1)
-        names = [*gan_lm.LIKELIHOOD, "gan_mle", "gan"]
-        gan_lm.show_report([row | {"name": n, "js": js if n == "gan" else 0.5} for n in names],
-                           tmp_path)
-        return capsys.readouterr().out
+        return reported({"js": js}, tmp_path, capsys, js=0.5, js_se=se, kl=1.0, tv=0.5, valid=0.5)
     assert "the GAN phase wins" in answer(0.4, 0.01)
     assert "does NOT win" in answer(0.4, 0.05) and "does NOT win" in answer(0.499, 0.0)
     assert "does NOT win" in answer(0.6, 0.01)
 
 
 def test_a_judge_that_is_more_often_wrong_than_right_counts_as_chance(tmp_path, capsys):
-    row = dict(temperature=1.0, judge_acc=0.5, judge_acc_se=0.02, nll=9.0, novel=1, unique=1)
-    names = [*gan_lm.LIKELIHOOD, "gan_mle", "gan"]
-    gan_lm.show_report([row | {"name": n, "judge_acc": 0.3 if n == "gan" else 0.5} for n in names],
-                       tmp_path)
-    assert "gan 0.500" in (out := capsys.readouterr().out) and "does NOT win" in out
+    out = reported({"judge_acc": 0.3}, tmp_path, capsys, judge_acc=0.5, judge_acc_se=0.02, nll=9.0)
+    assert "gan 0.500" in out and "does NOT win" in out
 
 
 def test_the_report_is_drawn_where_matplotlib_is_installed(finished, tmp_path):

@@ -128,14 +128,14 @@ def draw(arms, panels, likelihood, title, path):
         return
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     names = list(dict.fromkeys(a["name"] for a in arms))
-    blue = dict(zip([name for name in names if name in likelihood], BLUE))
-    red = dict(zip([name for name in names if name not in likelihood], RED))
+    others = [name for name in names if name not in likelihood]
+    colours = dict(zip(likelihood, BLUE)) | dict(zip(others, RED))
     for axis, (x, y) in zip(figure.subplots(1, 2), panels):
         for name in names:
             rows = [[a.get(key, 0.0) for key in (x, y, y + "_se", x + "_se")]
                     for a in arms if a["name"] == name]
-            axis.errorbar(*zip(*rows), label=name, color=(blue | red)[name], marker="o",
-                          linestyle="dotted" if name in blue else "solid")
+            axis.errorbar(*zip(*rows), label=name, color=colours[name], marker="o",
+                          linestyle="dotted" if name in likelihood else "solid")
         axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper",
                   title="dotted: no GAN")

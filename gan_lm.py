@@ -1,27 +1,25 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "numpy", "tqdm"]
-# ///
 """Do GANs help language models?  One file that answers by measurement.
 
-A small GPT is trained by likelihood, as every language model is: on a large messy corpus (MLE,
-maximum likelihood), then on a small curated one (SFT, supervised fine-tuning).  Then comes the
-phase under test, a GAN: a discriminator D learns to tell curated sentences from the model's own,
-and policy gradient (write, be judged, make more likely what was judged well) moves the model to
-where D cannot.  The text comes from a known grammar: how far each model is from the truth is
-computed, not guessed.  The cheap rivals, a lower temperature and more likelihood, run along.
+A small GPT is trained by likelihood: on a large messy text (`mle`), then on a curated one (`sft`,
+supervised fine-tuning).  Then comes the phase under test, a GAN: a discriminator D learns to tell
+curated sentences from the model's own, and policy gradient (write, be judged, make more likely what
+was judged well) moves the model to where D cannot (`gan`).  Everything cheap that could be done
+instead runs along: a lower temperature, a cut of unlikely tokens (min-p), the same time in more
+likelihood (`continued`), choosing among the samples of `sft` by the same D (`reranked`).
 
 Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts and the critic (D judges every prefix, so
 each token has its own reward), reward scaling, a blind D (ours reads what the model thought).
 Added: an anchor, the KL to the model that D was trained against.  Freeze D, and this is RLHF.
 
-Map: 1 configuration  2 data  3 generator  4 discriminators  5 objectives  6 training phases
-     7 measurement  8 main.  Text, grammar, flags and files: tiny_data/*.py
-Shapes: B batch, T time, C channels, V vocabulary.  p is the truth, q the model, D the discriminator
+    python gan_lm.py                     # the known language of tiny_data/: distances are exact
+    python gan_lm.py --data your.txt     # any text, one sequence a line: a fresh D is the judge
+
+Shapes: B batch, T time, C channels, V vocabulary.  p is the truth, q the model.
 """
-import json, math, sys, time  # noqa: E401
+import argparse, io, json, math, os, random, re, sys, time  # noqa: E401
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -29,92 +27,148 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-from tiny_data.language import Grammar, load_texts, read, tokens_of
-from tiny_data.plumbing import (agreed, average, draw, fail, flag, flags_of, join_torchrun, load,
-                                leave_torchrun, one_line_errors, peak_memory_mb, ranks, save, write)
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
-CHIPS = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
-LIKELIHOOD = "mle", "sft", "mixed", "continued"  # the arms that have no GAN in them
-END = 0  # one token begins, ends and pads a sequence: whatever follows the closing one is ignored
+END = 0  # one token begins, ends and pads a sequence
+AT_ONCE = 2**24  # tokens times numbers of each that are computed at a time: bounds the memory
 
 
 # ---- 1 configuration: each field is a flag of the same name --------------------------------------
-# gan_lr falls as 1/width beyond tiny's; the rates of medium and large were never tried
-PRESETS = {"nano": (1, 1, 64, 4e-3, 3e-3),  # layers, heads of 32, context, lr, gan_lr
-           "tiny": (2, 2, 64, 4e-3, 3e-3), "small": (4, 4, 64, 4e-3, 1.5e-3),
-           "medium": (8, 16, 64, 1e-3, 4e-4), "large": (12, 24, 256, 6e-4, 2.5e-4)}
+def flag(default, text, low=None, high=None, group="", **how):
+    """A field that is a flag, from low to high; `group` begins a group of --help."""
+    how = {"help": text, **how}
+    return field(default=default, metadata={"range": (low, high), "group": group, "how": how})
 
 
 @dataclass
 class Config:
-    """Everything a run depends on.  The defaults are the run that the README shows."""
-    data: str = flag("", "text to pretrain on; none: tiny_data/messy.txt", None, "the run")
-    curated: str = flag("", "text to sharpen towards; none: --data, or tiny_data/curated.txt")
-    grammar: str = flag("", "grammar of --curated; none: none, or tiny_data/grammar.txt")
-    level: str = flag("word", "what a token is", ["word", "char"])
-    out: str = flag("out", "folder for model.pt, report.json, samples.txt and frontier.png")
-    resume: bool = flag(False, "go on with the run in --out after its last finished phase")
-    seed: int = flag(0, "same seed, same machine: same numbers", (0, 10**6))
-    device: str = flag("cuda" if "cuda" in CHIPS else "cpu", "of those at hand", CHIPS)
-    preset: str = flag("tiny", "size of the models", [*PRESETS])
-    context: int = flag(0, "longest sequence in tokens, the rest is cut; 0: as preset", (0, 4096))
-    batch_size: int = flag(64, "sequences a step; GAN steps take four such batches", (2, 10**6))
-    pretrain_steps: int = flag(4000, "MLE steps on --data", (0, 10**9), "training by likelihood")
-    lr: float = flag(0.0, "peak learning rate of MLE; an eighth for SFT; 0: as preset", (0, 1))
-    sft_steps: int = flag(600, "SFT steps on --curated", (0, 10**9))
-    continued: float = flag(1.0, "length of the rival arm `continued`, in the GAN's", (0, 1000))
-    rounds: int = flag(1, "turns of both networks; 0: no GAN", (0, 1000), "the adversarial phase")
-    disc: str = flag("lm", "D's start; blind: no hints", ["lm", "scratch", "blind", "cnn"])
-    d_loss: str = flag("bce", "the GAN's loss or the reward model's", ["bce", "pairwise"])
-    d_steps: int = flag(200, "discriminator steps a round", (1, 10**9))
-    g_steps: int = flag(300, "policy-gradient steps a round", (1, 10**9))
-    gan_lr: float = flag(0.0, "peak learning rate of both; 0: as preset", (0, 1))
-    reward: str = flag("logit", "log D/(1-D), D, or D/(1-D)", ["logit", "prob", "ratio"])
-    kl_coef: float = flag(1.0, "weight of the anchor; 1 is what the GAN says", (0, 1000))
-    lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", (0, 1))
-    temperatures: tuple = flag((1.0, 0.9, 0.8, 0.7), "of samples", (0.01, 100), "measurement")
-    eval_samples: int = flag(2000, "samples a side for each figure", (10, 10**7))
-    samples: int = flag(0, "only print so many", (0, 10**7), "samples of the model in --out")
+    """Everything that a run depends on.  None: chosen by sized_to_text()."""
+    data: str = flag("mistakes", "text to learn: a file, or mistakes, noise, clean of tiny_data",
+                     group="the run")
+    curated: str = flag("", "text to sharpen towards (none: --data, or tiny_data/curated.txt)")
+    grammar: str = flag("", "grammar of --curated (none: none, or tiny_data/grammar.txt)")
+    level: str = flag("word", "what a token is", choices=["word", "char"])
+    out: str = flag("out", "folder for model.pt, report.json, report.png, samples_<arm>.txt")
+    resume: bool = flag(False, "go on with the run in --out", action="store_true")
+    seed: int = flag(0, "same seed, same machine: same numbers", 0, 10**6)
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "", choices=["cpu", "cuda"])
+    layers: int = flag(2, "layers of the GPT", 1, 100, group="the model")
+    width: int = flag(64, "channels of the GPT, a multiple of 32: a head has 32", 32, 4096)
+    context: int = flag(64, "longest sequence in tokens, the rest of a line is cut", 1, 4096)
+    batch_size: int = flag(64, "sequences a step; of D, four times as many", 2, 10**6)
+    pretrain_steps: int = flag(None, "likelihood steps on --data", 0, 10**9, group="likelihood")
+    sft_steps: int = flag(None, "likelihood steps on --curated", 0, 10**9)
+    lr: float = flag(4e-3, "peak learning rate of likelihood, a quarter on --curated", 0, 1)
+    rounds: int = flag(1, "turns of both networks; 0: no GAN", 0, 100, group="the GAN")
+    disc: str = flag("lm", "D is a language model, or SeqGAN's CNN", choices=["lm", "cnn"])
+    d_loss: str = flag("bce", "the GAN's, or reward models'", choices=["bce", "pairwise"])
+    d_steps: int = flag(None, "discriminator steps a round", 1, 10**9)
+    g_steps: int = flag(None, "policy-gradient steps a round", 1, 10**9)
+    g_samples: int = flag(1024, "samples of the model a policy-gradient step", 2, 10**6)
+    gan_lr: float = flag(3e-3, "peak learning rate of both, times 64 / width", 0, 1)
+    reward: str = flag("logit", "a token is to raise D's logit, or D", choices=["logit", "prob"])
+    kl_coef: float = flag(1.0, "weight of the anchor; 1 is what the GAN says", 0, 1000)
+    lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", 0, 1)
+    temperatures: tuple = flag((1.0, 0.9), "to measure, each with each cut", 0.01, 100,
+                               group="measurement", nargs="+")
+    min_ps: tuple = flag((0.0, 0.003, 0.01), "cuts: below it times the likeliest", 0, 1, nargs="+")
+    eval_samples: int = flag(4000, "samples a side for each figure", 10, 10**7)
+    samples: int = flag(0, "print so many of the model in --out", 0, 10**7, group="samples")
     prompt: str = flag("", "how each of --samples begins")
-    temperature: float = flag(1.0, "of --samples and of samples.txt", (0.01, 100))
-
-    def __post_init__(self):
-        for name, value in zip(("context", "lr", "gan_lr"), PRESETS[self.preset][2:]):
-            setattr(self, name, getattr(self, name) or value)
+    temperature: float = flag(1.0, "of --samples", 0.01, 100)
+    min_p: float = flag(0.0, "of --samples", 0, 1)
 
 
-# ---- 2 data: lines of text <-> (N, T+1) token ids ------------------------------------------------
-def to_ids(lines, symbols, cfg):
-    """N lines -> (N, context + 1) ids, each row END, the tokens, END...; longer lines are cut."""
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
-    rows = [[END, *(ids[t] for t in tokens_of(s, cfg.level)), *[END] * cfg.context] for s in lines]
-    return torch.tensor([row[:cfg.context + 1] for row in rows], device=cfg.device)
+def fail(message):
+    print(f"gan_lm.py: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def to_lines(x, symbols):
-    """(N, T+1) ids -> N lines."""
-    return ["".join(symbols[i] for i in row[:(row + [END]).index(END)]).strip()
-            for row in x[:, 1:].tolist()]
+def parse_flags(argv=None):
+    """Command line -> Config.  A mistake ends the program with one line that names the flag."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    for f in fields(Config):
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
+        kind = {} if f.type is bool else {"type": float if f.type is tuple else f.type}
+        group.add_argument("--" + f.name, default=f.default, **kind, **f.metadata["how"])
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for f in fields(Config):
+        value, (low, high) = getattr(cfg, f.name), f.metadata["range"]
+        for number in value if f.type is tuple else [value]:
+            if low is not None and number is not None and not low <= number <= high:
+                fail(f"argument --{f.name}: {number}: expected {low} to {high}")
+    if cfg.width % 32:
+        fail(f"argument --width: {cfg.width}: expected a multiple of 32")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        fail("argument --device: cuda: not on this machine; expected cpu")
+    return cfg
+
+
+# ---- 2 text: lines <-> (N, T+1) token ids --------------------------------------------------------
+def read(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        fail(f"{path}: expected a UTF-8 text file ({error})")
+
+
+def tokens_of(line, level):
+    """A word carries the space before it, so that joining the tokens gives the line back."""
+    return list(line) if level == "char" else re.findall(r" ?[\w'-]+| ?\S", " " + line)
 
 
 class Data:
-    """Both texts as ids, each [train, val, test]; no held-out line is in any train."""
+    """Both texts as ids, each a dict of train, val and test.  Of a known language also true
+    sentences and their exact log p, the same for every figure."""
     def __init__(self, cfg):
-        grammar = cfg.grammar or ("" if cfg.data else TINY / "grammar.txt")
-        paths = cfg.data or TINY / "messy.txt", cfg.curated or cfg.data or TINY / "curated.txt"
-        self.grammar = Grammar(read(grammar), grammar) if grammar else None
-        self.symbols, self.seen, texts = load_texts(paths, self.grammar, cfg)
-        self.messy, self.curated = (
-            [to_ids(part, self.symbols, cfg) for part in text] for text in texts)
-        if self.grammar:  # the same true sentences for every figure, and their exact log p
-            truth = self.grammar.samples(cfg.eval_samples, cfg.seed + 10**6)
-            self.truth = to_ids(truth, self.symbols, cfg), self.grammar.logps(truth)
+        self.cfg, self.grammar, grammar_words = cfg, None, set()
+        messy, curated, grammar = cfg.data, cfg.curated or cfg.data, cfg.grammar
+        if cfg.data in ("mistakes", "noise", "clean"):
+            messy = TINY / f"{cfg.data}.txt"
+            curated, grammar = cfg.curated or TINY / "curated.txt", grammar or TINY / "grammar.txt"
+        if grammar:
+            from tiny_data.language import Grammar  # the only use of that folder's code
+            self.grammar = Grammar(read(grammar), grammar)
+            grammar_words = self.grammar.words
+        texts = self.split(messy), self.split(curated)
+        lines = [line for text in texts for part in text.values() for line in part]
+        self.seen = {line for text in texts for line in text["train"]}
+        self.words = {word for line in lines for word in line.split()}
+        tokens = {t for line in (*lines, *grammar_words) for t in tokens_of(line, cfg.level)}
+        self.symbols = ["", *sorted(tokens)]  # the first, "", is END
+        if len(self.symbols) > 20000:
+            fail(f"--level {cfg.level}: over 20000 different tokens: try --level char or less text")
+        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.messy, self.curated = ({part: self.to_ids(lines) for part, lines in text.items()}
+                                    for text in texts)
+        if self.grammar:
+            rng = random.Random(cfg.seed + 10**6)
+            truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
+            self.truth, self.truth_logp = self.to_ids(truth), self.grammar.logps(truth)
 
-    def novel(self, x):
-        """The rows that are in no training split; all, where hardly one is new."""
-        new = [line not in self.seen for line in to_lines(x, self.symbols)]
-        return x[new] if sum(new) > 3 else x
+    def split(self, path):
+        """A held-out line may stand in train as well, as often as the language repeats itself."""
+        lines = [" ".join(line.split()) for line in read(path).split("\n") if line.split()]
+        if len(set(lines)) < 50:
+            fail(f"{path}: {len(set(lines))} different lines; expected 50, one sequence a line")
+        random.Random(self.cfg.seed).shuffle(lines)
+        n = len(lines) // 10
+        return {"test": lines[:n], "val": lines[n:2 * n][:2000], "train": lines[2 * n:]}
+
+    def to_ids(self, lines):
+        """N lines -> (N, T+1) ids: each row END, the tokens, END ... END; longer lines are cut."""
+        T = self.cfg.context
+        rows = [[self.id_of[t] for t in tokens_of(line, self.cfg.level)[:T]] for line in lines]
+        length = np.array([len(row) for row in rows])[:, None]
+        x = np.full((len(rows), T + 1), END, np.int16)  # a text is large; trim() makes it 64 bits
+        place = np.arange(T + 1)
+        x[(place >= 1) & (place <= length)] = np.concatenate(rows)
+        return torch.from_numpy(x).to(self.cfg.device)
+
+    def to_lines(self, x):  # (N, T+1) ids -> N lines
+        return ["".join(self.symbols[i] for i in row).strip() for row in x.tolist()]
 
 
 def real_tokens(x):
@@ -123,129 +177,177 @@ def real_tokens(x):
     x[:, :-1]        END  the  dog  runs  .    END  END    what the model reads
     x[:, 1:]         the  dog  runs  .    END  END  END    what it should say next
     real_tokens(x)    1    1    1    1    1    0    0"""
-    return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1].ne(END).long().cumprod(1)], 1).float()
+    return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1].ne(END)], 1).float()
 
 
 def trim(x):
-    return x[:, :int(real_tokens(x).sum(1).max()) + 1]
+    """Without the columns in which no row has a real token."""
+    return x[:, :int(real_tokens(x).sum(1).max()) + 1].long()
 
 
-def batches(x, size, *labels):
-    """Endless shuffled batches, each of rows of like length, so that little padding is computed."""
-    length, (rank, world) = real_tokens(x).sum(1), ranks()
-    size = min(size * world, len(x))
+def batches(x, size):
+    """Endless shuffled batches of row numbers, each of rows of like length: little padding."""
+    size = min(size, len(x))
     while True:
-        for rows in torch.randperm(len(x), device=x.device).split(size * 16):
-            sets = rows[length[rows].argsort()].split(size)[:len(rows) // size]
+        for rows in torch.randperm(len(x), device=x.device).split(16 * size):
+            rows = rows[real_tokens(x[rows]).sum(1).argsort()]
+            sets = rows.split(size)[:max(1, len(rows) // size)]  # a short rest waits for next time
             for i in torch.randperm(len(sets)):
-                part = sets[i][rank::world]  # each process of a torchrun takes its part of a batch
-                yield trim(x[part]), *(label[part] for label in labels)
+                yield sets[i]
 
 
 # ---- 3 generator: a GPT --------------------------------------------------------------------------
+class Block(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+
+    def forward(self, x, past=None):  # (B, T, C); past: keys and values of the tokens before
+        B, T, C = x.shape
+        qkv = self.qkv(self.ln1(x)).view(B, T, 3, C // 32, 32)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, 32) each
+        if past is not None:
+            k = torch.cat([past[0], k], dim=2)
+            v = torch.cat([past[1], v], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp(self.ln2(x)), (k, v)
+
+
 class GPT(nn.Module):
     """Pre-norm transformer (Radford et al. 2019); its head is its token embedding, transposed."""
-    def __init__(self, V, context, n_layer, C):
+    def __init__(self, V, context, layers, C):
         super().__init__()
-        self.shape = V, context, n_layer, C
-        self.token, self.position = nn.Embedding(V, C), nn.Embedding(context + 1, C)
-        self.layers = nn.ModuleList(nn.ModuleList([
-            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 3 * C)), nn.Linear(C, C),
-            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))])
-            for _ in range(n_layer))
+        self.shape = V, context, layers, C
+        self.token = nn.Embedding(V, C)
+        self.position = nn.Embedding(context + 1, C)
+        self.blocks = nn.ModuleList(Block(C) for _ in range(layers))
         self.ln = nn.LayerNorm(C)
-        for p in filter(lambda p: p.dim() == 2, self.parameters()):
-            nn.init.normal_(p, std=0.02)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
 
-    def hidden(self, x, cache=None, extra=0.0):  # (B, T) ids -> (B, T, C)
-        (B, T), start = x.shape, cache[0][0].shape[2] if cache else 0
-        h = self.token(x) + self.position.weight[start:start + T] + extra
-        for i, (qkv, out, mlp) in enumerate(self.layers):
-            q, k, v = qkv(h).view(B, T, 3, -1, 32).permute(2, 0, 3, 1, 4)  # (B, heads, T, 32) each
-            if start:  # the cache has the earlier keys and values: only the new ones are computed
-                k, v = (torch.cat(pair, 2) for pair in zip(cache[i], (k, v)))
-            if cache is not None:
-                cache[i] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, heads, T, 32)
-            h = h + out(y.transpose(1, 2).reshape(B, T, -1))
-            h = h + mlp(h)
-        return self.ln(h)
+    def embed(self, x, start=0):  # (B, T) ids -> (B, T, C)
+        return self.token(x) + self.position.weight[start:start + x.shape[1]]
 
-    def forward(self, x, cache=None):  # (B, T) ids -> (B, T, V) logits of the token after each
-        return self.hidden(x, cache) @ self.token.weight.T
+    def trunk(self, h, cache=None):  # (B, T, C) -> (B, T, C), and the cache for the tokens to come
+        new_cache = []
+        for i, block in enumerate(self.blocks):
+            h, keys_and_values = block(h, cache[i] if cache else None)
+            new_cache.append(keys_and_values)
+        return self.ln(h), new_cache
+
+    def forward(self, x):  # (B, T) ids -> (B, T, V) logits of the token after each
+        return self.trunk(self.embed(x))[0] @ self.token.weight.T
 
 
-def token_logp(model, x, T=1.0):
-    """log q(x_t | x_<t) in nats at temperature T: (B, T+1) ids -> (B, T), 0 after the end."""
-    logits = model(x[:, :-1]) / T
-    logp = -F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
-    return logp.view_as(x[:, 1:]) * real_tokens(x)
+def decoded(logits, temperature=1.0, min_p=0.0):
+    """log q of every next token, (..., V) logits -> (..., V), at a temperature and after the cut
+    of min-p (Nguyen et al. 2024): what has less than min_p times the likeliest token's probability
+    gets none, the rest is scaled to sum to 1."""
+    logp = (logits / temperature).log_softmax(-1)
+    if min_p > 0:
+        too_rare = logp < logp.amax(-1, keepdim=True) + math.log(min_p)
+        logp = logp.masked_fill(too_rare, -math.inf).log_softmax(-1)
+    return logp
+
+
+def token_logp(model, x, temperature=1.0, min_p=0.0):
+    """log q(x_t | x_<t) in nats: (B, T+1) ids -> (B, T), 0 after the end."""
+    logp = decoded(model(x[:, :-1]), temperature, min_p).gather(-1, x[:, 1:, None])[..., 0]
+    return logp.masked_fill(real_tokens(x) == 0, 0.0)
+
+
+def by_length(x, V):
+    """(N, T+1) ids -> lists of row numbers, each of rows of like length and not too many."""
+    return real_tokens(x).sum(1).argsort().split(max(1, min(512, AT_ONCE // (V * x.shape[1]))))
 
 
 @torch.no_grad()
-def in_chunks(f, x):  # bounded memory, little padding
-    return torch.cat([f(trim(rows)) for rows in x.split(min(500, 32_500 // x.shape[1]))])
+def in_chunks(f, x, *also, V=256):
+    """f(x, *also) of many rows, (N, T+1) ids -> (N, T) or (N, T, 2), in bounded memory.  `also`:
+    hints of the tokens that f reads too; V: how many numbers f makes of a token."""
+    parts, order = [], by_length(x, V)
+    for rows in order:
+        part = trim(x[rows])
+        y = f(part, *(hints[rows, :part.shape[1] - 1] for hints in also))
+        rest = y.new_zeros(len(y), x.shape[1] - part.shape[1], *y.shape[2:])
+        parts.append(torch.cat([y, rest], 1))
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
-def sequence_logp(model, x, T=1.0):
-    """Exact log q(x) of whole sequences at temperature T, (B, T+1) ids -> (B,)."""
-    return in_chunks(lambda x: token_logp(model, x, T).sum(1), x)
+def sequence_logp(model, x, *decoding):
+    """Exact log q(x) of whole sequences, (N, T+1) ids -> (N,); decoding: temperature, min_p."""
+    return in_chunks(lambda part: token_logp(model, part, *decoding), x, V=model.shape[0]).sum(1)
 
 
 @torch.no_grad()
-def sample(model, n, T=1.0, prompt=()):
-    """n sequences at temperature T -> (n, context + 1) ids.  A finished row leaves the batch."""
-    out = torch.full((n, model.shape[1] + 1), END, device=model.token.weight.device)
+def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
+    """n sequences -> (n, T+1) ids, and (n, T) the log q of each token that was drawn."""
+    V, T = model.shape[:2]
+    out = torch.full((n, T + 1), END, device=model.token.weight.device)
+    logq = torch.zeros(n, T, device=out.device)
     out[:, 1:1 + len(prompt)] = torch.tensor(prompt)
-    for rows in torch.arange(n, device=out.device).split(min(2000, 130_000 // out.shape[1])):
-        x, cache = out[rows, :1 + len(prompt)], {}
-        for t in range(1 + len(prompt), out.shape[1]):
-            p = (model(x, cache)[:, -1] / T).softmax(-1)  # argmax p/E, E ~ Exp(1), is a draw from p
-            x = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
-            out[rows, t] = x[:, 0]
+    for rows in torch.arange(n, device=out.device).split(max(1, AT_ONCE // (64 * T + 8 * V))):
+        x, cache = out[rows, :1 + len(prompt)], None
+        for t in range(1 + len(prompt), T + 1):
+            h, cache = model.trunk(model.embed(x, start=t - x.shape[1]), cache)
+            logp = decoded(h[:, -1] @ model.token.weight.T, temperature, min_p)  # (rows, V)
+            total = logp.exp().cumsum(-1)  # a draw: where in it a uniform number falls
+            x = torch.searchsorted(total, total[:, -1:] * torch.rand_like(total[:, :1]), right=True)
+            out[rows, t], logq[rows, t - 1] = x[:, 0], logp.gather(1, x)[:, 0]
             going = x[:, 0].ne(END).nonzero()[:, 0]  # here alone the host waits for a GPU
-            if len(going) < len(rows):
-                rows, x = rows[going], x[going]
-                cache = {i: (k[going], v[going]) for i, (k, v) in cache.items()}
-            if not len(rows):
+            if len(going) == 0:
                 break
-    return out
+            if len(going) < len(rows):  # a finished row leaves the batch
+                rows, x = rows[going], x[going]
+                cache = [(k[going], v[going]) for k, v in cache]
+    return out, logq
 
 
-# ---- 4 discriminators: (B, T+1) ids -> (B, T) logits, the t-th is the verdict on x_1..x_t --------
-class PrefixDiscriminator(GPT):
+# ---- 4 discriminators: (B, T+1) ids, (B, T, 2) hints -> (B, T) logits, one for each x_1..x_t -----
+def hints_of(ref, x):
+    """What the frozen generator q_ref thought of each token: log q_ref(x_t | x_<t), and minus the
+    entropy of that step.  (N, T+1) ids -> (N, T, 2).  Constants of a text: computed once."""
+    def both(part):
+        logq = ref(part[:, :-1]).log_softmax(-1)
+        said = logq.gather(-1, part[:, 1:, None])[..., 0]
+        hints = torch.stack([said, (logq.exp() * logq).sum(-1)], -1)
+        return hints * real_tokens(part)[..., None]
+    return in_chunks(both, x, V=ref.shape[0])
+
+
+class PrefixDiscriminator(nn.Module):
     """A language model with a verdict for a head: logit_t estimates log p(x_1..t) / q_ref(x_1..t).
-    It starts as a copy of the generator q_ref, and reads two hints with each token, what the frozen
-    q_ref thought of it: log q_ref(x_t | x_<t) and minus the entropy of that step, both over 3 to be
-    about 1.  What is left to learn is where q_ref is wrong, not the language."""
-    def __init__(self, ref):
-        super().__init__(*ref.shape)
-        self.load_state_dict(ref.state_dict())
-        C, self.ref = ref.shape[-1], [ref]  # in a list: no part of D's parameters
-        self.hints, self.head = nn.Linear(2, C), nn.Linear(C, 1)
+    It starts as a copy of a generator and reads the hints with each token: what is left to learn is
+    where q_ref is wrong, not the language."""
+    def __init__(self, generator):
+        super().__init__()
+        C = generator.shape[-1]
+        self.lm, self.hints, self.head = deepcopy(generator), nn.Linear(2, C), nn.Linear(C, 1)
 
-    def forward(self, x):
-        with torch.no_grad():
-            logq = self.ref[0](x[:, :-1]).log_softmax(-1)  # (B, T, V)
-            hints = logq.gather(-1, x[:, 1:, None])[..., 0], (logq.exp() * logq).sum(-1)
-        extra = F.pad(self.hints(torch.stack(hints, -1) / 3), (0, 0, 1, 0))  # (B, T+1, C)
-        return self.head(self.hidden(x, extra=extra))[:, 1:, 0]
+    def forward(self, x, hints):
+        h = self.lm.embed(x)  # (B, T+1, C)
+        h = torch.cat([h[:, :1], h[:, 1:] + self.hints(hints / 3)], 1)  # /3: to be about 1
+        return self.head(self.lm.trunk(h)[0])[:, 1:, 0]
 
 
 class CNNDiscriminator(nn.Module):
-    """Kim (2014), as in SeqGAN: one verdict on the sentence, at its last token; 0 before that."""
-    def __init__(self, ref, widths=(2, 3, 4, 5)):
+    """Kim (2014), as in SeqGAN: one verdict on the sentence, at its last token, 0 before; blind."""
+    def __init__(self, generator, widths=(2, 3, 4, 5)):
         super().__init__()
-        V, _, _, C = ref.shape
-        self.ref, self.token = [ref], nn.Embedding(V, C)
-        self.head = nn.Linear(C * len(widths), 1)
+        V, _, _, C = generator.shape
+        self.token, self.head = nn.Embedding(V, C), nn.Linear(C * len(widths), 1)
         self.convolutions = nn.ModuleList(nn.Conv1d(C, C, w, padding=w - 1) for w in widths)
 
-    def forward(self, x):
+    def forward(self, x, hints):
         mask = real_tokens(x)
         h = (self.token(x[:, 1:]) * mask[..., None]).transpose(1, 2)  # (B, C, T)
         h = torch.cat([conv(h).relu().amax(2) for conv in self.convolutions], 1)  # (B, C * widths)
-        return self.head(h) * F.one_hot(mask.sum(1).long() - 1, mask.shape[1])
+        last = F.one_hot(mask.sum(1).long() - 1, mask.shape[1])  # (B, T), 1 at the last token
+        return self.head(h) * last
 
 
 # ---- 5 objectives: pure functions, each with its equation ----------------------------------------
@@ -273,12 +375,11 @@ def discriminator_loss(logits, is_real, mask, kind="bce"):
 
 def token_rewards(logits, mask, shape="logit"):
     """r_t = f(x_1..t) - f(x_1..t-1): by how much a token raised D's verdict; (B, T) -> (B, T).
-    logit: f = log D/(1-D) = log p/q, towards reverse KL.  prob: f = D (SeqGAN).  ratio: f = D/(1-D)
-    = p/q over its mean in the batch (MaliGAN, Che et al. 2017).  The empty prefix has logit 0."""
-    s, seen = F.pad(logits, (1, 0)), F.pad(mask, (1, 0), value=1.0)
-    ratio = s.clamp(max=3).exp()
-    ratio = ratio * seen.sum(0) / (ratio * seen).sum(0).clamp(min=1)
-    return {"logit": s, "prob": s.sigmoid(), "ratio": ratio}[shape].diff(dim=1) * mask
+    logit: f = log D/(1-D) = log p/q.  prob: f = D (SeqGAN).  The empty prefix has logit 0."""
+    f = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+    if shape == "prob":
+        f = f.sigmoid()
+    return (f[:, 1:] - f[:, :-1]) * mask
 
 
 def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
@@ -290,311 +391,430 @@ def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
     A = (rewards - kl_coef * (logp - logp_ref)).detach() * mask
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
-    return (A - (A * mask).sum(0) / mask.sum(0).clamp(min=1)) * mask
+    baseline = A.sum(0) / mask.sum(0).clamp(min=1)
+    return (A - baseline) * mask
 
 
 def policy_gradient_loss(logp, advantage):
     """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar.
-    Its gradient is, on average, that of the expected return; its value is no score."""
+    Its gradient is, on average, that of minus the expected return; its value is no score."""
     return -(advantage * logp).sum(1).mean()
 
 
-# ---- 6 training phases: one loop, three losses ---------------------------------------------------
-def fit(model, steps, lr, loss_of_a_batch, name, held_out=lambda: 0):
-    """AdamW on loss_of_a_batch(); the model ends as at the best of some 16 looks at held_out().
-    The learning rate rises to `lr` in 20 steps and falls to 0 along a cosine."""
-    adam = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=20 / (steps + 40))
-    best, state, every = held_out(), deepcopy(model.state_dict()), max(10, math.ceil(steps / 16))
-    for i in tqdm(range(1, steps + 1), name, disable=None):
-        with torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda):
-            loss = loss_of_a_batch()  # in 16 bits on a GPU; what is measured later is in 32
-        loss.backward()
-        average([p.grad for p in model.parameters() if p.grad is not None])
-        if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
-            print(f"{name}: no finite gradient at step {i}; back to the best model before it")
+# ---- 6 training ----------------------------------------------------------------------------------
+def update(model, adam, step, steps, peak):
+    """One step of AdamW along the gradients that were added up.  The learning rate rises to `peak`
+    in 20 steps and falls to 0 along a cosine.  False: the gradient is not finite."""
+    rise = min(1, (step + 1) / 20)
+    fall = (1 + math.cos(math.pi * step / steps)) / 2
+    adam.param_groups[0]["lr"] = peak * rise * fall
+    finite = bool(nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite())
+    if finite:
+        adam.step()
+    adam.zero_grad()
+    return finite
+
+
+def fit(model, steps, lr, loss_of_a_batch, name, held_out):
+    """Descend loss_of_a_batch(); the model ends as at the best of some 16 looks at held_out()."""
+    adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
+    best, best_state = held_out(), deepcopy(model.state_dict())
+    for step in tqdm(range(steps), name, disable=None):
+        loss_of_a_batch().backward()
+        if not update(model, adam, step, steps, lr):
+            print(f"{name}: no finite gradient at step {step + 1}; back to the best model so far")
             break
-        adam.step(), rate.step(), adam.zero_grad()
-        if (i % every == 0 or i == steps) and (now := held_out()) <= best:
-            best, state = now, deepcopy(model.state_dict())
-    model.load_state_dict(state)
+        if (step + 1) % max(10, math.ceil(steps / 16)) == 0 or step + 1 == steps:
+            score = held_out()
+            if score <= best:
+                best, best_state = score, deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
+    return best
 
 
-def train_likelihood(model, texts, steps, lr, cfg):
-    """MLE on texts[0], stopped early on texts[1]."""
-    data = batches(texts[0], cfg.batch_size)  # /10 below: one clipping threshold for all losses
-    fit(model, steps, lr, lambda: likelihood_loss(token_logp(model, *next(data))) / 10, "MLE",
-        held_out=lambda: -sequence_logp(model, texts[1]).mean())
-
-
-def verdict(disc, x):
-    """D's logit on whole sentences, (B, T+1) ids -> (B,)."""
-    return in_chunks(lambda x: disc(x).gather(1, real_tokens(x).sum(1, True).long() - 1)[:, 0], x)
-
-
-def judged(disc, real, fake):
-    """D's loss on whole sentences (ln 2: no signal), its standard error, and D's accuracy.
-    1 - loss / ln 2 is the part of the JS between the two, in bits, that D has found."""
-    r, f = verdict(disc, real), verdict(disc, fake)
-    middle = (r.mean() + f.mean()) / 2  # a constant in the logit changes no reward: forgiven
-    a, b, right = F.softplus(middle - r), F.softplus(f - middle), (r > middle).float().mean()
-    error = (a.var() / len(a) + b.var() / len(b)).sqrt()  # both classes weigh alike
-    values = torch.stack([a.mean() + b.mean(), error, right + (f <= middle).float().mean()]) / 2
-    return dict(zip(("d_loss", "d_loss_se", "heldout_acc"), values.tolist()))
-
-
-def train_discriminator(disc, real, fake, real_val, fake_val, cfg, name="discriminator"):
-    """The same loop, another loss: tell `real` from `fake`, stopped early on held-out pairs."""
-    # Mixed before they are sorted by length: a batch of long reals and short fakes would teach D
-    # the length of the day.  The smaller class is repeated: chance is 50 %.
-    rows = torch.arange(max(len(real), len(fake)), device=real.device)
-    x = torch.cat([real[rows % len(real)], fake[rows % len(fake)]])
-    data = batches(x, 4 * cfg.batch_size, torch.arange(len(x), device=x.device) < len(rows))
+def train_likelihood(model, text, steps, lr, cfg):
+    """MLE on text["train"], stopped early on text["val"]."""
+    stream = batches(text["train"], cfg.batch_size)
 
     def loss():
-        x, is_real = next(data)
-        return discriminator_loss(disc(x), is_real, real_tokens(x), cfg.d_loss)
+        x = trim(text["train"][next(stream)])
+        return likelihood_loss(token_logp(model, x)) / 10  # so that clipping at 1 is rare
 
-    fit(disc, cfg.d_steps, cfg.gan_lr, loss, name,
-        held_out=lambda: judged(disc, real_val, fake_val)["d_loss"])
-    seen = judged(disc, real[:2000], fake[:2000])
-    return {"train_loss": seen["d_loss"], "train_acc": seen["heldout_acc"],
-            **judged(disc, real_val, fake_val)}
+    def held_out():
+        return -sequence_logp(model, text["val"]).mean().item()
+
+    return {"val_nll": fit(model, steps, lr, loss, "likelihood", held_out)}
+
+
+def verdict(disc, x, hints):
+    """D's logit on whole sentences, the one at the last token: (N, T+1) ids -> (N,)."""
+    last = real_tokens(x).sum(1, keepdim=True).long() - 1
+    return in_chunks(disc, x, hints).gather(1, last)[:, 0]
+
+
+def judged(real, fake):
+    """D's verdicts on held-out sentences, (N,) and (M,) -> its loss (ln 2: no signal), the standard
+    error of that, and its accuracy.  1 - loss / ln 2 is the JS, in bits, that D has found."""
+    middle = (real.mean() + fake.mean()) / 2  # a constant in the logit changes no reward: forgiven
+    loss_r, loss_f = F.softplus(middle - real), F.softplus(fake - middle)
+    error = (loss_r.var() / len(real) + loss_f.var() / len(fake)).sqrt() / 2
+    right = ((real > middle).float().mean() + (fake <= middle).float().mean()) / 2
+    loss = (loss_r.mean() + loss_f.mean()) / 2
+    return {"d_loss": loss.item(), "d_loss_se": error.item(), "d_acc": right.item()}
+
+
+def train_discriminator(disc, ref, real, fake, steps, cfg):
+    """The same loop, another loss: tell real from fake sentences, stopped early on held-out ones.
+    `real`, `fake`: dicts of train and val ids; `ref`: the generator whose hints D reads."""
+    row = torch.arange(max(len(real["train"]), len(fake["train"])), device=cfg.device)
+    # The smaller class is repeated.  Both are mixed before they are sorted by length: a batch of
+    # long reals and short fakes would teach D the length of the day.
+    x = torch.cat([text["train"][row % len(text["train"])] for text in (real, fake)])
+    is_real = torch.arange(len(x), device=cfg.device) < len(row)
+    hints = hints_of(ref, x)
+    held = [(text["val"], hints_of(ref, text["val"])) for text in (real, fake)]
+    stream = batches(x, 4 * cfg.batch_size)
+
+    def loss():
+        rows = next(stream)
+        part = trim(x[rows])
+        logits = disc(part, hints[rows, :part.shape[1] - 1])
+        return discriminator_loss(logits, is_real[rows], real_tokens(part), cfg.d_loss)
+
+    def figures():
+        return judged(*(verdict(disc, *text) for text in held))
+
+    fit(disc, steps, cfg.gan_lr * 64 / cfg.width, loss, "D", lambda: figures()["d_loss"])
+    return figures()
+
+
+def teach(disc, ref, data, steps, cfg):
+    """D learns to tell curated text from what `ref` writes."""
+    n = 2 * cfg.batch_size * steps  # half of what D will read
+    fake = {"train": sample(ref, n)[0].short(), "val": sample(ref, 4000)[0]}
+    real = {"train": data.curated["train"][:n], "val": data.curated["val"]}
+    return train_discriminator(disc, ref, real, fake, steps, cfg)
 
 
 def train_generator(model, ref, disc, cfg):
-    """The same loop once more: the model's own samples, weighted by what the discriminator says."""
+    """The loop once more, on the model's own samples: reinforcement learning in six steps."""
+    adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     stats = []
-
-    def loss():
-        x, total = sample(model, 4 * cfg.batch_size), 0.0
-        for x in map(trim, x[real_tokens(x).sum(1).argsort()].split(cfg.batch_size)):
-            mask, logp = real_tokens(x), token_logp(model, x)  # of a quarter, of like length
-            with torch.no_grad():  # no gradient reaches the discriminator or the reference
-                rewards, logp_ref = token_rewards(disc(x), mask, cfg.reward), token_logp(ref, x)
-                stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
-            A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)
-            total = total + policy_gradient_loss(logp, A) / 40  # 4 quarters; /10 as for MLE
-        return total
-
-    with torch.random.fork_rng():  # under torchrun each process draws samples of its own
-        torch.manual_seed(torch.initial_seed() + 1 + ranks()[0])
-        fit(model, cfg.g_steps, cfg.gan_lr, loss, "generator")
-    ends = [torch.stack(part).mean(0).tolist() for part in (stats[:40], stats[-40:])]  # 10 steps
-    return agreed(dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), zip(*ends))))
-
-
-def adversarial_phase(model, disc, data, cfg):
-    """Rounds of: the discriminator against the frozen current model, then the model against it.
-    A round is kept only if held-out text says so: there D's loss must be two standard errors
-    below chance, and the likelihood must not fall by more than two.  -> a record a round."""
-    records, (real, val, _) = [], data.curated
-    for number in range(1, cfg.rounds + 1):
-        ref = disc.ref[0] = deepcopy(model).requires_grad_(False)  # D's hints come from it too
-        fake = sample(ref, cfg.batch_size * cfg.d_steps // 2)
-        fake_val = data.novel(sample(ref, 1000))
-        record = {"round": number, **train_discriminator(disc, real, fake, val, fake_val, cfg)}
-        why = "D is at chance on held-out pairs"
-        if record["d_loss"] < math.log(2) - 2 * record["d_loss_se"]:
-            record |= train_generator(model, ref, disc, cfg)
-            gain = sequence_logp(model, val) - sequence_logp(ref, val)
-            record |= {"unique": len(sample(model, 1000).unique(dim=0)) / 1000,
-                       "heldout_gain": gain.mean().item()}
-            worse = gain.mean() < -2 * gain.std() / len(val) ** 0.5
-            why = "held-out text became less likely" if worse else ""
-            if record["unique"] < 0.5 or record["kl_to_ref"][1] > 20:  # nats a sentence
-                why = "the samples collapsed"
-        if data.grammar:
-            before, after = (measure(m, 1.0, data, cfg)[0] for m in (ref, model))
-            record |= {"js": [before["js"].item(), after["js"].item()],
-                       "optimal_acc": (1 + before["tv"].item()) / 2}
-        records.append(record | {"kept": not why, "why": why or "held-out text says so"})
-        print("\n".join(f"  {k:12} {v if k == 'why' else np.round(np.float64(v), 3)}"
-                        for k, v in records[-1].items()))
-        if why:
-            model.load_state_dict(ref.state_dict())
+    for step in tqdm(range(cfg.g_steps), "generator", disable=None):
+        x, logp = sample(model, cfg.g_samples)  # 1 the model writes
+        mask = real_tokens(x)
+        hints = hints_of(ref, x)  # 2 the reference reads it, then the discriminator
+        logp_ref = hints[..., 0]
+        rewards = token_rewards(in_chunks(disc, x, hints), mask, cfg.reward)  # 3 token by token
+        A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)  # 4 better than usual?
+        for rows in by_length(x, ref.shape[0]):  # 5 make better tokens more likely
+            part = trim(x[rows])
+            new_logp = token_logp(model, part)  # equal to logp, but with a gradient
+            loss = policy_gradient_loss(new_logp, A[rows, :part.shape[1] - 1])
+            (loss / 10 * len(rows) / len(x)).backward()
+        if not update(model, adam, step, cfg.g_steps, cfg.gan_lr * 64 / cfg.width):  # 6 a step
+            print(f"generator: no finite gradient at step {step + 1}: stopped there")
             break
-    return records
+        stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
+    names = "reward", "kl_to_ref", "entropy", "tokens"  # a sentence: [first, last ten steps]
+    ends = torch.stack([torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])], 1)
+    return dict(zip(names, ends.tolist()))
+
+
+def why_undone(before, after, data, old, new):
+    """A round is kept only if held-out text says so.  A GAN is for being told apart less: the next
+    D, which went on from the old one with the same budget, must find less in the new model than
+    the old one did in the old.  And likelihood and variety must not collapse.  "" is yes."""
+    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # best of 16 looks: flattered
+        return "the discriminator was at chance"
+    nll, nll_before = (-sequence_logp(m, data.curated["val"]).mean() for m in (after, before))
+    unique, unique_before = (len(sample(m, 1000)[0].unique(dim=0)) for m in (after, before))
+    if nll > 1.05 * nll_before or unique < 0.9 * unique_before:
+        return "held-out likelihood or the variety of the samples collapsed"
+    return "the next discriminator finds more" if new["d_loss"] < old["d_loss"] else ""
 
 
 # ---- 7 measurement -------------------------------------------------------------------------------
-def divergences(logp_p, logq_p, logp_q, logq_q):
+def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
     """From exact log p and log q on samples of p and of q: KL (nats), JS (bits), TV; errors _se.
     KL = E_p log p/q.  JS = (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2 (Lin 1991).
-    TV = E_p (1 - q/p)+ = E_q (1 - p/q)+; the best possible D is right (1 + TV)/2 of the time."""
-    other = logq_p - logp_p, logp_q - logq_q  # log of the other density over the sample's own
-    js = [1 - np.logaddexp(0, a) / math.log(2) for a in other]
-    tv = [-np.expm1(np.minimum(a, 0)).mean() for a in other]
-    return {"kl": -other[0].mean(), "kl_se": other[0].std() / math.sqrt(len(other[0])),
-            "js": (js[0].mean() + js[1].mean()) / 2,
-            "js_se": math.sqrt(sum(a.var() / len(a) for a in js)) / 2, "tv": sum(tv) / 2}
+    TV = E_p (1 - q/p)+; the best possible D is right (1 + TV)/2 of the time.
+    `weight`: how much each sample of q counts, 1 on average.  terms: what JS is the mean of."""
+    with np.errstate(invalid="ignore"):  # a cut can make q 0, and KL infinite
+        kl = logp_p - logq_p
+        kl_se = kl.std() / math.sqrt(len(kl))
+    js_p = 1 - np.logaddexp(0, -kl) / math.log(2)
+    js_q = weight * (1 - np.logaddexp(0, logp_q - logq_q) / math.log(2))
+    js_q = js_q - (weight - 1) * js_q.mean()  # the weights' mean is an estimate: its error counts
+    return {"kl": kl.mean(), "kl_se": kl_se, "js": (js_p.mean() + js_q.mean()) / 2,
+            "js_se": math.sqrt(js_p.var() / len(js_p) + js_q.var() / len(js_q)) / 2,
+            "tv": -np.expm1(np.minimum(-kl, 0)).mean(), "terms": (js_p, js_q)}
 
 
-def measure(model, T, data, cfg, disc=None):
-    """A row of the report for `model` at temperature T, and the samples that it was measured on.
-    With `disc` the model stays as it is and its samples are re-ranked: of four times as many some
-    are drawn by the weight D/(1-D), so that they follow q D/(1-D) / Z (Deng et al. 2020)."""
-    x, log_z = sample(model, cfg.eval_samples * (4 if disc else 1), T), 0.0
-    if disc:
-        weight = verdict(disc, x)
-        log_z = weight.logsumexp(0) - math.log(len(x))
-        x = x[weight.softmax(0).multinomial(cfg.eval_samples)]
+def measure(model, decoding, data, cfg, disc=None):
+    """A row of the report for `model` at (temperature, min_p), and its samples as lines.  With
+    `disc` they are re-ranked: of four times as many some are drawn by the weight D/(1-D).  What is
+    measured is the limit of a large pool, q D/(1-D) / Z (Deng et al. 2020): Z is the mean weight
+    in the pool, and each sample of the pool counts by its weight."""
+    def logs(x):  # log q and log D/(1-D) of whole sentences, (N, T+1) ids -> (N,) each
+        log_w = verdict(disc, x, hints_of(model, x)) if disc else torch.zeros(len(x))
+        return sequence_logp(model, x, *decoding).cpu().double(), log_w.cpu().double()
 
-    def logq(x):
-        logp = sequence_logp(model, x, T) + (verdict(disc, x) - log_z if disc else 0.0)
-        return logp.cpu().double().numpy()
-
-    lines = to_lines(x, data.symbols)
-    row = {"temperature": T, "novel": np.mean([s not in data.seen for s in lines]),
-           "unique": len(set(lines)) / len(lines)}
-    if not data.grammar:
-        row["nll"] = -logq(data.curated[2]).mean()  # nats a sequence
-        return row | fresh_judge(model, x, data, cfg), lines
-    (truth, logp_p), logp_q = data.truth, data.grammar.logps(lines)
-    valid = np.isfinite(logp_q)
-    row |= {"valid": valid.mean(), "valid_se": valid.std() / math.sqrt(len(x)),
-            "valid_logp": logp_q[valid].mean() if valid.any() else 0.0}
-    return row | divergences(logp_p, logq(truth), logp_q, logq(x)), lines
+    n = cfg.eval_samples
+    x, logq = sample(model, 4 * n if disc else n, *decoding)
+    log_w = logs(x)[1] if disc else torch.zeros(n, dtype=torch.double)
+    log_z = log_w.logsumexp(0) - math.log(len(x))
+    drawn = log_w.softmax(0).multinomial(n) if disc else torch.arange(n)
+    lines = data.to_lines(x)
+    kept = [lines[i] for i in drawn]
+    row = {"temperature": decoding[0], "min_p": decoding[1], "unique": len(set(kept)) / n,
+           "novel": np.mean([line not in data.seen for line in kept])}
+    if data.grammar:
+        logp_q = data.grammar.logps(lines)
+        logq_p, log_w_p = logs(data.truth)
+        row |= {"valid": np.isfinite(logp_q[drawn]).mean(), **divergences(
+            data.truth_logp, (logq_p + log_w_p - log_z).numpy(), logp_q,
+            (logq.sum(1).cpu() + log_w - log_z).numpy(), (log_w - log_z).exp().numpy())}
+    else:
+        words = [word for line in kept for word in line.split()]
+        row |= {"nll": -logs(data.curated["test"])[0].mean().item(),
+                "words": np.mean([word in data.words for word in words] or [0.0]),
+                **fresh_judge(model, x[drawn.to(x.device)], data, cfg)}
+    return row, kept
 
 
 def fresh_judge(model, x, data, cfg):
     """A discriminator that has met neither side yet: its accuracy on unseen pairs, 0.5 is perfect.
-    Of the test lines and the samples x half train it, a quarter stops it, a quarter is judged."""
-    real, fake = data.curated[2], data.novel(x)
-    n = min(len(real), len(fake)) // 4  # Data and novel() leave at least 4 of each
-    (r, r_val, r_test), (f, f_val, f_test) = (x[:4 * n].split([2 * n, n, n]) for x in (real, fake))
-    judge = PrefixDiscriminator(model).to(cfg.device)
-    train_discriminator(judge, r, f, r_val, f_val, replace(cfg, d_steps=cfg.d_steps // 2), "judge")
-    return {"judge_acc": judged(judge, r_test, f_test)["heldout_acc"],
-            "judge_acc_se": 0.5 / math.sqrt(2 * n)}  # that of 2n throws of a coin
+    Of the test lines and the samples half trains it, an eighth stops it, the rest is judged."""
+    n = min(len(data.curated["test"]), len(x)) // 8
+    sides = [dict(zip(("train", "val", "test"), text[:8 * n].split([4 * n, n, 3 * n])))
+             for text in (data.curated["test"], x.short())]
+    judge = PrefixDiscriminator(model)
+    train_discriminator(judge, model, *sides, cfg.d_steps // 2, cfg)
+    tests = [verdict(judge, side["test"], hints_of(model, side["test"])) for side in sides]
+    # more often wrong than right is chance, not better than chance
+    return {"judge_acc": max(0.5, judged(*tests)["d_acc"]), "judge_acc_se": 0.5 / math.sqrt(6 * n)}
 
 
-def show_report(arms, out):
-    """The table, its answer in a sentence, and the picture where matplotlib is installed."""
-    y, x, share = ("js", "kl", "valid") if "js" in arms[0] else ("judge_acc", "nll", "novel")
-    columns = f"temperature {y} {y}_se {x} {'tv valid' if y == 'js' else ''} novel unique".split()
-    print("\n" + " " * 10 + "".join(f" {c:>11}" for c in columns))
-    for a in arms:
-        print(f"{a['name']:10}" + "".join(f"{a[c]:12.3f}" for c in columns))
-    floor = 0.0 if y == "js" else 0.5  # a judge that is more often wrong than right saw nothing
-    best = {a["name"]: a | {y: max(a[y], floor)} for a in sorted(arms, key=lambda a: -a[y])}
-    gan, other = best["gan"], min(map(best.get, LIKELIHOOD), key=lambda a: a[y])
+def show_report(rows):
+    """One line an arm, and the answer: does `gan` beat the best arm that is likelihood alone?"""
+    y, more = ("js", ["kl", "valid"]) if "js" in rows[0] else ("judge_acc", ["nll", "words"])
+    columns = "temperature", "min_p", y, y + "_se", *more, "novel", "unique"
+    print(f"\n{'':12}plain:{'':32}best decoding:\n{'':10}", end="")
+    print("".join(f"{c:>12}" for c in (y, *more, *columns)))
+    best = {}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        best[name] = min(mine, key=lambda row: row[y])
+        cells = [mine[0][c] for c in (y, *more)] + [best[name][c] for c in columns]
+        print(f"{name:10}" + "".join(f"{cell:12.3f}" for cell in cells))
+    gan = best["gan"]
+    other = min((best["mle"], best["sft"], best["continued"]), key=lambda row: row[y])
     gain, error = other[y] - gan[y], math.hypot(gan[y + "_se"], other[y + "_se"])
-    verdict = "wins" if gain > max(0.01, 2 * error) else "does NOT win"
-    answer = f"Best {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}: the GAN phase {verdict}."
-    print("\n" + answer)
-    draw(arms, [("temperature", y), (x, share)], LIKELIHOOD, answer, out / "frontier.png")
+    if y == "js":  # on the same true sentences: a paired difference
+        parts = other["terms"][0] - gan["terms"][0], other["terms"][1], gan["terms"][1]
+        error = math.sqrt(sum(part.var() / len(part) for part in parts)) / 2
+    says = "wins" if gain > max(0.002, 2 * error) else "does NOT win"
+    print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}, difference {gain:.3f} +- "
+          f"{error:.3f} (standard error): the GAN phase {says}.")
 
 
-# ---- 8 main --------------------------------------------------------------------------------------
-def new_model(run, cfg, name=None):
-    n_layer, n_head, *_ = PRESETS[cfg.preset]
-    model = GPT(len(run["symbols"]), cfg.context, n_layer, 32 * n_head).to(cfg.device)
-    model.load_state_dict(run["models"][name] if name else model.state_dict())
-    return model
+def draw(runs, path):
+    """How far each arm is from the truth at its best decoding; `runs`: the rows of each seed, a
+    small dot a seed, a large one their mean."""
+    from matplotlib.figure import Figure
+    names = {"mle": "likelihood, messy text", "sft": "+ fine-tuning", "continued": "both, longer",
+             "gan": "+ adversarial phase", "reranked": "fine-tuned, best of 4 by D"}
+    y = "js" if "js" in runs[0][0] else "judge_acc"
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    for place, name in enumerate(names):
+        look = {"color": "C0", "marker": "o"} if place < 3 else {"color": "C1", "marker": "D"}
+        values = [min(row[y] for row in rows if row["name"] == name) for rows in runs]
+        axis.plot(values, [-place] * len(values), linestyle="", alpha=0.4, markersize=4, **look)
+        axis.plot(np.mean(values), -place, markersize=10, **look)
+    axis.set_yticks([-place for place in range(len(names))], names.values())
+    axis.set_xlabel({"js": "distance from the true language: JS, 0 = perfect",
+                     "judge_acc": "accuracy of a fresh judge, 0.5 = fooled"}[y])
+    figure.savefig(path, dpi=150)
 
 
-def new_disc(run, cfg, name):
-    """The discriminator so far; the first one is made from the model of that name."""
-    kind = CNNDiscriminator if cfg.disc == "cnn" else PrefixDiscriminator
-    disc = kind(new_model(run, cfg, name)).to(cfg.device)
-    if cfg.disc == "blind":
-        for p in disc.hints.parameters():
-            nn.init.zeros_(p).requires_grad_(False)
-    disc.load_state_dict(run["models"].get("disc", disc.state_dict()))
-    return disc
+# ---- 8 the run -----------------------------------------------------------------------------------
+def write(content, path):
+    """Bytes to a file, whole or not at all: a full disk leaves the file that was there."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def train(run, cfg, data, path):
-    """Fill run["models"], each the model that a phase ended with; what is there is skipped."""
-    models, times = run["models"], max(1, len(data.messy[0]) // len(data.curated[0]))
-    mixed = [torch.cat([data.messy[0], data.curated[0].repeat(times, 1)]), data.curated[1]]
-    more = int(cfg.continued * cfg.rounds * (12 * cfg.d_steps + 8 * cfg.g_steps))  # the GAN's time
-    sft = data.curated, cfg.sft_steps, cfg.lr / 8
-    phases = {"mle": (None, [(data.messy, cfg.pretrain_steps, cfg.lr)]),  # origin, courses of MLE
-              "sft": ("mle", [sft]), "gan_mle": ("mle", []), "gan": ("sft", []),
-              "continued": ("mle", [(data.messy, more, cfg.lr), sft]),
-              "mixed": ("mle", [(mixed, 2 * cfg.sft_steps, cfg.lr / 8)])}
-    for i, (name, (origin, courses)) in enumerate(phases.items()):
-        if name in models:
-            continue
-        print(f"\n{name}, from {origin}" if origin else f"\n{name}", flush=True)
-        torch.manual_seed(100 * cfg.seed + i)
-        start, model = time.time(), new_model(run, cfg, origin)
-        for course in courses:
-            train_likelihood(model, *course, cfg)
-        if not courses:
-            # D goes on from MLE's samples to the harder ones of SFT: it finds more than a new one
-            disc = new_disc(run, cfg, None if cfg.disc == "scratch" else origin)
-            records = adversarial_phase(model, disc, data, cfg)
-            run["discriminator"] += [{"phase": name} | record for record in records]
-            models |= {"disc": disc.state_dict(), "ref": disc.ref[0].state_dict()}
-        phase = {"mle": "pretrain", "gan": "adversarial"}.get(name, name)
-        models[name], run["timing"][phase + "_s"] = model.state_dict(), time.time() - start
-        save(run, path)
+def load(cfg):
+    """The checkpoint in --out, as data only: nothing in it is run."""
+    try:
+        run = torch.load(Path(cfg.out, "model.pt"), map_location=cfg.device, weights_only=True)
+        return {key: run[key] for key in ("config", "symbols", "models", "records")}
+    except Exception as error:  # whatever a damaged, foreign or hostile file makes of itself
+        fail(f"--out {cfg.out}: model.pt is no checkpoint of this program ({error!r:.60})")
 
 
-def report(run, cfg, data, out):
-    """Measure every model at every temperature; print, draw and write what comes out."""
-    torch.manual_seed(cfg.seed)
-    arms, timing, start = [], dict(run["timing"]), time.time()
-    for name in (*LIKELIHOOD, "gan_mle", "gan") + (("reranked",) if cfg.rounds else ()):
-        model = new_model(run, cfg, "ref" if name == "reranked" else name)
-        disc = new_disc(run, cfg, "ref") if name == "reranked" else None
-        bar = tqdm(cfg.temperatures, name, disable=None)
-        rows = [measure(model, T, data, cfg, disc) for T in bar]
-        arms += [{"name": name, **row} for row, _ in rows]
-        print(f"\n{name} says" + (", * what the grammar could not:" if data.grammar else ":"))
-        for line in sorted(rows[0][1][:10], key=lambda s: s not in data.seen):
-            mark = "*" if data.grammar and data.grammar.logp(line) == -math.inf else " "
-            print("  in training" if line in data.seen else "  new        ", mark, line)
-    show_report(arms, out)
-    timing["measure_s"] = time.time() - start
-    timing["total_s"], start = sum(timing.values()), time.time()
-    x = sample(new_model(run, cfg, "gan"), 1000, cfg.temperature)
-    timing["sample_tokens_per_s"] = real_tokens(x).sum().item() / (time.time() - start)
-    tokens = real_tokens(data.messy[0]).sum(1).mean().item() * cfg.batch_size * cfg.pretrain_steps
-    timing["pretrain_tokens_per_s"] = tokens / timing["pretrain_s"]
-    timing["peak_memory_mb"] = peak_memory_mb(cfg.device)
-    print("\n" + "  ".join(f"{key} {value:.0f}" for key, value in timing.items()))
-    write("".join(line + "\n" for line in to_lines(x, data.symbols)), out / "samples.txt")
-    result = dict(config=run["config"], versions=dict(python=sys.version, torch=torch.__version__),
-                  entropy=-data.truth[1].mean() if data.grammar else None, arms=arms,
-                  discriminator=run["discriminator"], timing=timing)
-    write(json.dumps(result, indent=1), out / "report.json")
+def save(run, cfg):
+    content = io.BytesIO()
+    torch.save(run, content)
+    write(content.getvalue(), Path(cfg.out, "model.pt"))
 
 
-def print_samples(cfg, path):
-    run = load(path, cfg.device)
-    saved, symbols = Config(**run["config"] | {"device": cfg.device}), run["symbols"]
+def begin_or_resume(cfg, symbols):
+    """What is in --out/model.pt: the models of finished phases, and what was noted of them."""
+    run = {"config": asdict(cfg), "symbols": symbols, "models": {}, "records": {}}
+    if Path(cfg.out, "model.pt").exists():
+        if not cfg.resume:
+            fail(f"--out {cfg.out}: there is a run already; expected --resume, or another folder")
+        run = load(cfg)
+        for name, value in asdict(cfg).items():
+            if name not in ("out", "resume", "device") and value != run["config"].get(name):
+                fail(f"--{name} {value}: the run in --out {cfg.out} has {run['config'].get(name)}")
+        if run["symbols"] != symbols:
+            fail(f"--out {cfg.out}: the texts are not those that the run there began with")
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    save(run, cfg)  # from now on the folder is taken
+    return run
+
+
+def print_samples(cfg):
+    run = load(cfg)
+    symbols, saved = run["symbols"], Config(**run["config"])
+    names = [name for name, record in run["records"].items() if record.get("kept")]
+    if not names:
+        fail(f"--out {cfg.out}: the run there has finished no phase yet: --resume goes on")
     prompt = tokens_of(cfg.prompt, saved.level)[:saved.context]
-    if unknown := [t.strip() for t in prompt if t not in symbols]:
-        fail(f"--prompt {cfg.prompt}: {unknown[0]!r} is not in the text that was trained on")
+    for token in prompt:
+        if token not in symbols:
+            fail(f"--prompt {cfg.prompt}: {token.strip()!r} is not in the text trained on")
+    model = GPT(len(symbols), saved.context, saved.layers, saved.width).to(cfg.device)
+    model.load_state_dict(run["models"][names[-1]])
     torch.manual_seed(cfg.seed)
-    model = new_model(run, saved, [n for n in ("mle", "sft", "gan") if n in run["models"]][-1])
-    x = sample(model, cfg.samples, cfg.temperature, [symbols.index(t) for t in prompt])
-    print("\n".join(to_lines(x, symbols)))
+    prompt = [symbols.index(token) for token in prompt]
+    for row in sample(model, cfg.samples, cfg.temperature, cfg.min_p, prompt)[0].tolist():
+        print("".join(symbols[i] for i in row).strip())
 
 
-@one_line_errors
+def sized_to_text(cfg, data):
+    """Choose the steps that were not given: on two cores some three minutes of the known language,
+    up to ten of another text."""
+    tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
+    work = tokens * (1e5 + 64 * len(data.symbols))  # of a sentence, for the default model
+    scale = 1.0 if data.grammar else min(3.0, 3.5e6 / work)
+    steps = {"pretrain_steps": 3500, "sft_steps": 1500, "d_steps": 400, "g_steps": 150}
+    for name in steps:
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, max(10, round(scale * steps[name])))
+    print("steps:", *(f"--{name} {getattr(cfg, name)}" for name in steps))
+
+
+def report(arms, run, data, cfg):
+    """Measure every arm with every decoding; print, draw and write what comes out."""
+    start, rows, out = time.time(), [], Path(cfg.out)
+    torch.manual_seed(cfg.seed)
+    grid = [(temperature, min_p) for temperature in cfg.temperatures for min_p in cfg.min_ps]
+    for name, (model, *disc) in arms.items():
+        for decoding in tqdm(grid, name, disable=None):
+            row, lines = measure(model, decoding, data, cfg, *disc)
+            rows.append({"name": name, **row})
+            if decoding == grid[0]:
+                plain = lines
+        write(("\n".join(plain) + "\n").encode("utf-8"), out / f"samples_{name}.txt")
+        print(f"\n{name} says" + (", * what the grammar cannot:" if data.grammar else ":"))
+        for line in sorted(plain[:8], key=lambda line: line not in data.seen):
+            wrong = data.grammar and data.grammar.logp(line) == -math.inf
+            print("  in training" if line in data.seen else "  new", "* " if wrong else "  ", line)
+    show_report(rows)
+    with suppress(ImportError):  # without matplotlib there is no picture
+        draw([rows], out / "report.png")
+    for row in rows:
+        row.pop("terms", None)
+    timing = {name: record["seconds"] for name, record in run["records"].items()}
+    timing["measuring"] = time.time() - start
+    print("seconds:", *(f"{name} {value:.0f}" for name, value in timing.items()))
+    result = {"config": run["config"], "arms": rows, "rounds": run["records"], "timing": timing,
+              "entropy": -data.truth_logp.mean() if data.grammar else None,
+              "versions": {"python": sys.version, "torch": torch.__version__}}
+    text = json.dumps(result, indent=1).replace("Infinity", "null").replace("NaN", "null")
+    write(text.encode("utf-8"), out / "report.json")
+
+
 def main(argv=None):
-    cfg = flags_of(Config, __doc__.split("\n")[0], argv)
-    out, path = Path(cfg.out), Path(cfg.out, "model.pt")
+    cfg = parse_flags(argv)
     if cfg.samples:
-        return print_samples(cfg, path)
-    join_torchrun(cfg.device)
-    data, first = Data(cfg), ranks()[0] == 0  # of the processes that torchrun started
-    if first and path.exists() and not cfg.resume:
-        fail(f"--out {out}: there is a run already; expected --resume, or another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    run = dict(config=asdict(cfg), symbols=data.symbols, models={}, discriminator=[], timing={})
-    run = load(path, cfg.device, run) if cfg.resume and path.exists() else run
-    save(run, path)  # from now on the folder is taken
-    train(run, cfg, data, path)
-    leave_torchrun()
-    if first:
-        report(run, cfg, data, out)
+        return print_samples(cfg)
+    data = Data(cfg)
+    sized_to_text(cfg, data)
+    run = begin_or_resume(cfg, data.symbols)
+    models, records = run["models"], run["records"]
+
+    def phase(name, model, train, *how):
+        """`model` as train(model, *how) leaves it, or as an earlier run did."""
+        if name not in models:
+            print(f"\n{name}", flush=True)
+            torch.manual_seed(1000 * cfg.seed + sum(name.encode()))  # each phase has its own
+            start = time.time()
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
+                records[name] = train(model, *how, cfg)  # what is measured later is in 32 bits
+            records[name]["seconds"] = time.time() - start
+            print("  " + "\n  ".join(f"{k:10} {np.round(v, 3)}" for k, v in records[name].items()))
+            models[name] = model.state_dict()
+            save(run, cfg)
+        model.load_state_dict(models[name])
+        return model
+
+    # 1 likelihood: on the messy text, then on the curated one
+    torch.manual_seed(cfg.seed)
+    gpt = GPT(len(data.symbols), cfg.context, cfg.layers, cfg.width).to(cfg.device)
+    mle = phase("mle", gpt, train_likelihood, data.messy, cfg.pretrain_steps, cfg.lr)
+    sft = phase("sft", deepcopy(mle), train_likelihood, data.curated, cfg.sft_steps, cfg.lr / 4)
+
+    # 2 the GAN: D warms up on the easier samples of mle, then both take turns
+    disc = CNNDiscriminator(mle) if cfg.disc == "cnn" else PrefixDiscriminator(mle)
+    disc = phase("warm_up", disc.to(cfg.device), teach, mle, data, cfg.d_steps // 2)
+    records["mle"]["kept"] = records["sft"]["kept"] = True  # --samples shows the last that was kept
+    disc = disc1 = phase("disc1", deepcopy(disc), teach, sft, data, cfg.d_steps)
+    gan = sft
+    for i in range(1, cfg.rounds + 1):
+        new = phase(f"gan{i}", deepcopy(gan), train_generator, gan, disc)
+        disc = phase(f"disc{i + 1}", deepcopy(disc), teach, new, data, cfg.d_steps)
+        why = why_undone(gan, new, data, records[f"disc{i}"], records[f"disc{i + 1}"])
+        records[f"gan{i}"]["kept"] = not why
+        print(f"\nround {i} is", f"undone: {why}" if why else "kept")
+        if why:
+            break
+        gan = new
+
+    # 3 the control: the GAN's time in more likelihood, counted in its batches.  D reads 4 a step,
+    # and its sentences are written and hinted at; a policy gradient writes, reads twice and learns.
+    work = 6 * (cfg.d_steps // 2 + cfg.d_steps * (1 + cfg.rounds))
+    work += cfg.rounds * cfg.g_steps * 5 * cfg.g_samples // (2 * cfg.batch_size)
+    more = phase("more", deepcopy(mle), train_likelihood, data.messy, work, cfg.lr)
+    continued = phase("continued", deepcopy(more), train_likelihood, data.curated, cfg.sft_steps,
+                      cfg.lr / 4)
+
+    # 4 measurement
+    report({"mle": [mle], "sft": [sft], "continued": [continued], "gan": [gan],
+            "reranked": [sft, disc1]}, run, data, cfg)
+
+
+def program(argv=None):
+    """main(); what goes wrong is one line on standard error, and an exit status."""
+    try:
+        main(argv)
+    except OSError as error:
+        fail(str(error))
+    except torch.OutOfMemoryError:
+        fail("the GPU's memory is full: lower --batch_size, --g_samples, --context or --width")
+    except KeyboardInterrupt:
+        print("stopped: finished phases are saved, --resume goes on from there", file=sys.stderr)
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":
-    main()
+    program()

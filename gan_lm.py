@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tiny_data"
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 END = 0  # one token begins, ends and pads a sequence
 AT_ONCE = 2**24  # tokens times numbers of each that are computed at a time: bounds the memory
 
@@ -51,11 +52,11 @@ class Config:
     out: str = flag("out", "folder for model.pt, report.json, report.png, samples_<arm>.txt")
     resume: bool = flag(False, "go on with the run in --out", action="store_true")
     seed: int = flag(0, "same seed, same machine: same numbers", 0, 10**6)
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "", choices=["cpu", "cuda"])
+    device: str = flag(DEVICES[0], "where to compute", choices=DEVICES)
     layers: int = flag(2, "layers of the GPT", 1, 100, group="the model")
     width: int = flag(64, "channels of the GPT, a multiple of 32: a head has 32", 32, 4096)
     context: int = flag(64, "longest sequence in tokens, the rest of a line is cut", 1, 4096)
-    batch_size: int = flag(64, "sequences a step; of D, four times as many", 2, 10**6)
+    batch_size: int = flag(64, "sequences a step of likelihood, and of D", 2, 10**6)
     pretrain_steps: int = flag(None, "likelihood steps on --data", 0, 10**9, group="likelihood")
     sft_steps: int = flag(None, "likelihood steps on --curated", 0, 10**9)
     lr: float = flag(4e-3, "peak learning rate of likelihood, a quarter on --curated", 0, 1)
@@ -101,8 +102,6 @@ def parse_flags(argv=None):
                 fail(f"argument --{f.name}: {number}: expected {low} to {high}")
     if cfg.width % 32:
         fail(f"argument --width: {cfg.width}: expected a multiple of 32")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        fail("argument --device: cuda: not on this machine; expected cpu")
     return cfg
 
 
@@ -123,30 +122,29 @@ class Data:
     """Both texts as ids, each a dict of train, val and test.  Of a known language also true
     sentences and their exact log p, the same for every figure."""
     def __init__(self, cfg):
-        self.cfg, self.grammar, grammar_words = cfg, None, set()
+        self.cfg, self.grammar = cfg, None
         messy, curated, grammar = cfg.data, cfg.curated or cfg.data, cfg.grammar
         if cfg.data in ("mistakes", "noise", "clean"):
             messy = TINY / f"{cfg.data}.txt"
             curated, grammar = cfg.curated or TINY / "curated.txt", grammar or TINY / "grammar.txt"
-        if grammar:
-            from tiny_data.language import Grammar  # the only use of that folder's code
-            self.grammar = Grammar(read(grammar), grammar)
-            grammar_words = self.grammar.words
         texts = self.split(messy), self.split(curated)
         lines = [line for text in texts for part in text.values() for line in part]
         self.seen = {line for text in texts for line in text["train"]}
         self.words = {word for line in lines for word in line.split()}
-        tokens = {t for line in (*lines, *grammar_words) for t in tokens_of(line, cfg.level)}
-        self.symbols = ["", *sorted(tokens)]  # the first, "", is END
+        if grammar:
+            from tiny_data.language import Grammar  # the only use of that folder's code
+            self.grammar = Grammar(read(grammar), grammar)
+            lines += self.grammar.words
+        self.symbols = ["", *sorted({t for line in lines for t in tokens_of(line, cfg.level)})]
         if len(self.symbols) > 20000:
             fail(f"--level {cfg.level}: over 20000 different tokens: try --level char or less text")
-        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}  # of END, "", it is 0
         self.messy, self.curated = ({part: self.to_ids(lines) for part, lines in text.items()}
                                     for text in texts)
         if self.grammar:
             rng = random.Random(cfg.seed + 10**6)
             truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
-            self.truth, self.truth_logp = self.to_ids(truth), self.grammar.logps(truth)
+            self.truth, self.truth_logp = self.to_ids(truth), self.true_logp(truth)
 
     def split(self, path):
         """A held-out line may stand in train as well, as often as the language repeats itself."""
@@ -160,12 +158,14 @@ class Data:
     def to_ids(self, lines):
         """N lines -> (N, T+1) ids: each row END, the tokens, END ... END; longer lines are cut."""
         T = self.cfg.context
-        rows = [[self.id_of[t] for t in tokens_of(line, self.cfg.level)[:T]] for line in lines]
-        length = np.array([len(row) for row in rows])[:, None]
-        x = np.full((len(rows), T + 1), END, np.int16)  # a text is large; trim() makes it 64 bits
-        place = np.arange(T + 1)
-        x[(place >= 1) & (place <= length)] = np.concatenate(rows)
+        x = np.full((len(lines), T + 1), END, np.int16)  # a text is large; trim() makes it 64 bits
+        for row, line in zip(x, lines):
+            ids = [self.id_of[t] for t in tokens_of(line, self.cfg.level)[:T]]
+            row[1:1 + len(ids)] = ids
         return torch.from_numpy(x).to(self.cfg.device)
+
+    def true_logp(self, lines):  # log p in nats; -inf: the grammar cannot say it
+        return np.array([self.grammar.logp(line) for line in lines])
 
     def to_lines(self, x):  # (N, T+1) ids -> N lines
         return ["".join(self.symbols[i] for i in row).strip() for row in x.tolist()]
@@ -473,7 +473,7 @@ def train_discriminator(disc, ref, real, fake, steps, cfg):
     is_real = torch.arange(len(x), device=cfg.device) < len(row)
     hints = hints_of(ref, x)
     held = [(text["val"], hints_of(ref, text["val"])) for text in (real, fake)]
-    stream = batches(x, 4 * cfg.batch_size)
+    stream = batches(x, cfg.batch_size)
 
     def loss():
         rows = next(stream)
@@ -490,7 +490,7 @@ def train_discriminator(disc, ref, real, fake, steps, cfg):
 
 def teach(disc, ref, data, steps, cfg):
     """D learns to tell curated text from what `ref` writes."""
-    n = 2 * cfg.batch_size * steps  # half of what D will read
+    n = cfg.batch_size * steps // 2  # half of what D will read
     fake = {"train": sample(ref, n)[0].short(), "val": sample(ref, 4000)[0]}
     real = {"train": data.curated["train"][:n], "val": data.curated["val"]}
     return train_discriminator(disc, ref, real, fake, steps, cfg)
@@ -512,13 +512,12 @@ def train_generator(model, ref, disc, cfg):
             new_logp = token_logp(model, part)  # equal to logp, but with a gradient
             loss = policy_gradient_loss(new_logp, A[rows, :part.shape[1] - 1])
             (loss / 10 * len(rows) / len(x)).backward()
+        stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
         if not update(model, adam, step, cfg.g_steps, cfg.gan_lr * 64 / cfg.width):  # 6 a step
             print(f"generator: no finite gradient at step {step + 1}: stopped there")
             break
-        stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
-    names = "reward", "kl_to_ref", "entropy", "tokens"  # a sentence: [first, last ten steps]
-    ends = torch.stack([torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])], 1)
-    return dict(zip(names, ends.tolist()))
+    ends = [torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])]  # ten steps each
+    return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), torch.stack(ends, 1).tolist()))
 
 
 def why_undone(before, after, data, old, new):
@@ -556,29 +555,31 @@ def measure(model, decoding, data, cfg, disc=None):
     `disc` they are re-ranked: of four times as many some are drawn by the weight D/(1-D).  What is
     measured is the limit of a large pool, q D/(1-D) / Z (Deng et al. 2020): Z is the mean weight
     in the pool, and each sample of the pool counts by its weight."""
-    def logs(x):  # log q and log D/(1-D) of whole sentences, (N, T+1) ids -> (N,) each
-        log_w = verdict(disc, x, hints_of(model, x)) if disc else torch.zeros(len(x))
-        return sequence_logp(model, x, *decoding).cpu().double(), log_w.cpu().double()
+    def log_weight(x):  # log D/(1-D) of whole sentences, (N, T+1) ids -> (N,)
+        found = verdict(disc, x, hints_of(model, x)) if disc else torch.zeros(len(x))
+        return found.cpu().double()
 
     n = cfg.eval_samples
     x, logq = sample(model, 4 * n if disc else n, *decoding)
-    log_w = logs(x)[1] if disc else torch.zeros(n, dtype=torch.double)
+    log_w = log_weight(x)
     log_z = log_w.logsumexp(0) - math.log(len(x))
     drawn = log_w.softmax(0).multinomial(n) if disc else torch.arange(n)
     lines = data.to_lines(x)
     kept = [lines[i] for i in drawn]
     row = {"temperature": decoding[0], "min_p": decoding[1], "unique": len(set(kept)) / n,
            "novel": np.mean([line not in data.seen for line in kept])}
+    real = data.truth if data.grammar else data.curated["test"]
+    logq_real = sequence_logp(model, real, *decoding).cpu().double()
     if data.grammar:
-        logp_q = data.grammar.logps(lines)
-        logq_p, log_w_p = logs(data.truth)
+        logp_q = data.true_logp(lines)
+        log_w_real = log_weight(real) - log_z
+        log_w = log_w - log_z
         row |= {"valid": np.isfinite(logp_q[drawn]).mean(), **divergences(
-            data.truth_logp, (logq_p + log_w_p - log_z).numpy(), logp_q,
-            (logq.sum(1).cpu() + log_w - log_z).numpy(), (log_w - log_z).exp().numpy())}
+            data.truth_logp, (logq_real + log_w_real).numpy(), logp_q,
+            (logq.sum(1).cpu() + log_w).numpy(), log_w.exp().numpy())}
     else:
-        words = [word for line in kept for word in line.split()]
-        row |= {"nll": -logs(data.curated["test"])[0].mean().item(),
-                "words": np.mean([word in data.words for word in words] or [0.0]),
+        known = [word in data.words for line in kept for word in line.split()]
+        row |= {"words": np.mean(known or [0.0]), "nll": -logq_real.mean().item(),
                 **fresh_judge(model, x[drawn.to(x.device)], data, cfg)}
     return row, kept
 
@@ -667,12 +668,13 @@ def save(run, cfg):
 
 def begin_or_resume(cfg, symbols):
     """What is in --out/model.pt: the models of finished phases, and what was noted of them."""
-    run = {"config": asdict(cfg), "symbols": symbols, "models": {}, "records": {}}
+    config = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(cfg).items()}
+    run = {"config": config, "symbols": symbols, "models": {}, "records": {}}
     if Path(cfg.out, "model.pt").exists():
         if not cfg.resume:
             fail(f"--out {cfg.out}: there is a run already; expected --resume, or another folder")
         run = load(cfg)
-        for name, value in asdict(cfg).items():
+        for name, value in config.items():
             if name not in ("out", "resume", "device") and value != run["config"].get(name):
                 fail(f"--{name} {value}: the run in --out {cfg.out} has {run['config'].get(name)}")
         if run["symbols"] != symbols:
@@ -684,15 +686,15 @@ def begin_or_resume(cfg, symbols):
 
 def print_samples(cfg):
     run = load(cfg)
-    symbols, saved = run["symbols"], Config(**run["config"])
+    symbols, config = run["symbols"], run["config"]
     names = [name for name, record in run["records"].items() if record.get("kept")]
     if not names:
         fail(f"--out {cfg.out}: the run there has finished no phase yet: --resume goes on")
-    prompt = tokens_of(cfg.prompt, saved.level)[:saved.context]
+    prompt = tokens_of(cfg.prompt, config["level"])[:config["context"]]
     for token in prompt:
         if token not in symbols:
             fail(f"--prompt {cfg.prompt}: {token.strip()!r} is not in the text trained on")
-    model = GPT(len(symbols), saved.context, saved.layers, saved.width).to(cfg.device)
+    model = GPT(len(symbols), config["context"], config["layers"], config["width"]).to(cfg.device)
     model.load_state_dict(run["models"][names[-1]])
     torch.manual_seed(cfg.seed)
     prompt = [symbols.index(token) for token in prompt]
@@ -706,7 +708,7 @@ def sized_to_text(cfg, data):
     tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
     work = tokens * (1e5 + 64 * len(data.symbols))  # of a sentence, for the default model
     scale = 1.0 if data.grammar else min(3.0, 3.5e6 / work)
-    steps = {"pretrain_steps": 3500, "sft_steps": 1500, "d_steps": 400, "g_steps": 150}
+    steps = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 1000, "g_steps": 150}
     for name in steps:
         if getattr(cfg, name) is None:
             setattr(cfg, name, max(10, round(scale * steps[name])))
@@ -719,11 +721,10 @@ def report(arms, run, data, cfg):
     torch.manual_seed(cfg.seed)
     grid = [(temperature, min_p) for temperature in cfg.temperatures for min_p in cfg.min_ps]
     for name, (model, *disc) in arms.items():
-        for decoding in tqdm(grid, name, disable=None):
-            row, lines = measure(model, decoding, data, cfg, *disc)
-            rows.append({"name": name, **row})
-            if decoding == grid[0]:
-                plain = lines
+        found = [measure(model, decoding, data, cfg, *disc)
+                 for decoding in tqdm(grid, name, disable=None)]
+        rows += [{"name": name, **row} for row, _ in found]
+        plain = found[0][1]
         write(("\n".join(plain) + "\n").encode("utf-8"), out / f"samples_{name}.txt")
         print(f"\n{name} says" + (", * what the grammar cannot:" if data.grammar else ":"))
         for line in sorted(plain[:8], key=lambda line: line not in data.seen):
@@ -732,16 +733,15 @@ def report(arms, run, data, cfg):
     show_report(rows)
     with suppress(ImportError):  # without matplotlib there is no picture
         draw([rows], out / "report.png")
-    for row in rows:
-        row.pop("terms", None)
+    rows = [{name: None if name.startswith("kl") and not math.isfinite(value) else value
+             for name, value in row.items() if name != "terms"} for row in rows]
     timing = {name: record["seconds"] for name, record in run["records"].items()}
     timing["measuring"] = time.time() - start
     print("seconds:", *(f"{name} {value:.0f}" for name, value in timing.items()))
     result = {"config": run["config"], "arms": rows, "rounds": run["records"], "timing": timing,
               "entropy": -data.truth_logp.mean() if data.grammar else None,
               "versions": {"python": sys.version, "torch": torch.__version__}}
-    text = json.dumps(result, indent=1).replace("Infinity", "null").replace("NaN", "null")
-    write(text.encode("utf-8"), out / "report.json")
+    write(json.dumps(result, indent=1).encode("utf-8"), out / "report.json")
 
 
 def main(argv=None):
@@ -772,11 +772,12 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     gpt = GPT(len(data.symbols), cfg.context, cfg.layers, cfg.width).to(cfg.device)
     mle = phase("mle", gpt, train_likelihood, data.messy, cfg.pretrain_steps, cfg.lr)
-    sft = phase("sft", deepcopy(mle), train_likelihood, data.curated, cfg.sft_steps, cfg.lr / 4)
+    fine_tuning = data.curated, cfg.sft_steps, cfg.lr / 4
+    sft = phase("sft", deepcopy(mle), train_likelihood, *fine_tuning)
 
     # 2 the GAN: D warms up on the easier samples of mle, then both take turns
     disc = CNNDiscriminator(mle) if cfg.disc == "cnn" else PrefixDiscriminator(mle)
-    disc = phase("warm_up", disc.to(cfg.device), teach, mle, data, cfg.d_steps // 2)
+    disc = phase("warm_up", disc.to(cfg.device), teach, mle, data, cfg.d_steps)
     records["mle"]["kept"] = records["sft"]["kept"] = True  # --samples shows the last that was kept
     disc = disc1 = phase("disc1", deepcopy(disc), teach, sft, data, cfg.d_steps)
     gan = sft
@@ -790,13 +791,12 @@ def main(argv=None):
             break
         gan = new
 
-    # 3 the control: the GAN's time in more likelihood, counted in its batches.  D reads 4 a step,
-    # and its sentences are written and hinted at; a policy gradient writes, reads twice and learns.
-    work = 6 * (cfg.d_steps // 2 + cfg.d_steps * (1 + cfg.rounds))
+    # 3 the control: the GAN's time in more likelihood, counted in its batches.  D's sentences are
+    # also written and hinted at; a policy gradient writes, reads twice and learns.
+    work = 2 * cfg.d_steps * (2 + cfg.rounds)
     work += cfg.rounds * cfg.g_steps * 5 * cfg.g_samples // (2 * cfg.batch_size)
     more = phase("more", deepcopy(mle), train_likelihood, data.messy, work, cfg.lr)
-    continued = phase("continued", deepcopy(more), train_likelihood, data.curated, cfg.sft_steps,
-                      cfg.lr / 4)
+    continued = phase("continued", deepcopy(more), train_likelihood, *fine_tuning)
 
     # 4 measurement
     report({"mle": [mle], "sft": [sft], "continued": [continued], "gan": [gan],

@@ -144,13 +144,16 @@ class Data:
         if self.grammar:
             rng = random.Random(cfg.seed + 10**6)
             truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
+            if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
+                fail(f"--context {cfg.context}: true sentences are longer; expected more")
             self.truth, self.truth_logp = self.to_ids(truth), self.true_logp(truth)
 
     def split(self, path):
         """A held-out line may stand in train as well, as often as the language repeats itself."""
         lines = [" ".join(line.split()) for line in read(path).split("\n") if line.split()]
-        if len(set(lines)) < 50:
-            fail(f"{path}: {len(set(lines))} different lines; expected 50, one sequence a line")
+        if len(set(lines)) < 50 or len(lines) < 80:
+            fail(f"{path}: {len(lines)} lines, {len(set(lines))} different; expected 80 lines, one "
+                 "sequence each, 50 of them different")
         random.Random(self.cfg.seed).shuffle(lines)
         n = len(lines) // 10
         return {"test": lines[:n], "val": lines[n:2 * n][:2000], "train": lines[2 * n:]}
@@ -345,9 +348,12 @@ class CNNDiscriminator(nn.Module):
     def forward(self, x, hints):
         mask = real_tokens(x)
         h = (self.token(x[:, 1:]) * mask[..., None]).transpose(1, 2)  # (B, C, T)
-        h = torch.cat([conv(h).relu().amax(2) for conv in self.convolutions], 1)  # (B, C * widths)
+        found = []
+        for conv in self.convolutions:
+            seen = F.pad(mask, (conv.padding[0], 0), value=1.0)  # no window over padding alone
+            found.append((conv(h).relu() * seen[:, None]).amax(2))  # (B, C)
         last = F.one_hot(mask.sum(1).long() - 1, mask.shape[1])  # (B, T), 1 at the last token
-        return self.head(h) * last
+        return self.head(torch.cat(found, 1)) * last
 
 
 # ---- 5 objectives: pure functions, each with its equation ----------------------------------------
@@ -526,6 +532,7 @@ def why_undone(before, after, data, old, new):
     the old one did in the old.  And likelihood and variety must not collapse.  "" is yes."""
     if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # best of 16 looks: flattered
         return "the discriminator was at chance"
+    torch.manual_seed(0)
     nll, nll_before = (-sequence_logp(m, data.curated["val"]).mean() for m in (after, before))
     unique, unique_before = (len(sample(m, 1000)[0].unique(dim=0)) for m in (after, before))
     if nll > 1.05 * nll_before or unique < 0.9 * unique_before:
@@ -776,6 +783,7 @@ def main(argv=None):
     sft = phase("sft", deepcopy(mle), train_likelihood, *fine_tuning)
 
     # 2 the GAN: D warms up on the easier samples of mle, then both take turns
+    torch.manual_seed(cfg.seed)
     disc = CNNDiscriminator(mle) if cfg.disc == "cnn" else PrefixDiscriminator(mle)
     disc = phase("warm_up", disc.to(cfg.device), teach, mle, data, cfg.d_steps)
     records["mle"]["kept"] = records["sft"]["kept"] = True  # --samples shows the last that was kept
@@ -811,6 +819,10 @@ def program(argv=None):
         fail(str(error))
     except torch.OutOfMemoryError:
         fail("the GPU's memory is full: lower --batch_size, --g_samples, --context or --width")
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        fail(f"--out: model.pt does not fit its configuration: {error!s:.200}")
     except KeyboardInterrupt:
         print("stopped: finished phases are saved, --resume goes on from there", file=sys.stderr)
         raise SystemExit(130)

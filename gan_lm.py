@@ -134,6 +134,9 @@ class Data:
         if grammar:
             from tiny_data.language import Grammar  # the only use of that folder's code
             self.grammar = Grammar(read(grammar), grammar)
+            for word in self.grammar.words - self.words:
+                if word[0].isupper():
+                    fail(f"{grammar}: {word!r} has no rule and is no word of the texts")
             lines += self.grammar.words
         self.symbols = ["", *sorted({t for line in lines for t in tokens_of(line, cfg.level)})]
         if len(self.symbols) > 20000:
@@ -628,22 +631,28 @@ def show_report(rows):
 
 
 def draw(runs, path):
-    """How far each arm is from the truth at its best decoding; `runs`: the rows of each seed, a
-    small dot a seed, a large one their mean."""
+    """How far each arm is from the truth.  `runs`: the rows of each seed; a small dot a seed, a
+    large one their mean, with its 95 % interval by the normal rule."""
     from matplotlib.figure import Figure
-    names = {"mle": "likelihood, messy text", "sft": "+ fine-tuning", "continued": "both, longer",
-             "gan": "+ adversarial phase", "reranked": "fine-tuned, best of 4 by D"}
+    lines = [("likelihood, messy text", "mle", False), ("+ fine-tuning", "sft", False),
+             ("with its best cut", "sft", True), ("longer, best cut", "continued", True),
+             ("fine-tuning + GAN", "gan", False), ("with its best cut", "gan", True),
+             ("best of 4 by D, best cut", "reranked", True)]
     y = "js" if "js" in runs[0][0] else "judge_acc"
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
-    for place, name in enumerate(names):
-        look = {"color": "C0", "marker": "o"} if place < 3 else {"color": "C1", "marker": "D"}
-        values = [min(row[y] for row in rows if row["name"] == name) for rows in runs]
+    for place, (label, name, at_best) in enumerate(lines):
+        figures = [[row[y] for row in rows if row["name"] == name] for rows in runs]
+        values = [min(f) if at_best else f[0] for f in figures]
+        spread = 1.96 * np.std(values) / math.sqrt(len(values))
+        look = {"color": "#0072b2", "marker": "o"}
+        if name in ("gan", "reranked"):
+            look = {"color": "#d55e00", "marker": "D"}
         axis.plot(values, [-place] * len(values), linestyle="", alpha=0.4, markersize=4, **look)
-        axis.plot(np.mean(values), -place, markersize=10, **look)
-    axis.set_yticks([-place for place in range(len(names))], names.values())
-    axis.set_xlabel({"js": "distance from the true language: JS, 0 = perfect",
-                     "judge_acc": "accuracy of a fresh judge, 0.5 = fooled"}[y])
+        axis.errorbar(np.mean(values), -place, xerr=spread, markersize=9, **look)
+    axis.set_yticks([-place for place in range(len(lines))], [label for label, _, _ in lines])
+    axis.set_xlabel({"js": "JS to the true language, 0 = perfect",
+                     "judge_acc": "fresh judge's accuracy, 0.5 = fooled"}[y])
     figure.savefig(path, dpi=150)
 
 
@@ -781,12 +790,12 @@ def main(argv=None):
     mle = phase("mle", gpt, train_likelihood, data.messy, cfg.pretrain_steps, cfg.lr)
     fine_tuning = data.curated, cfg.sft_steps, cfg.lr / 4
     sft = phase("sft", deepcopy(mle), train_likelihood, *fine_tuning)
+    records["mle"]["kept"] = records["sft"]["kept"] = True  # --samples shows the last that was kept
 
     # 2 the GAN: D warms up on the easier samples of mle, then both take turns
     torch.manual_seed(cfg.seed)
     disc = CNNDiscriminator(mle) if cfg.disc == "cnn" else PrefixDiscriminator(mle)
     disc = phase("warm_up", disc.to(cfg.device), teach, mle, data, cfg.d_steps)
-    records["mle"]["kept"] = records["sft"]["kept"] = True  # --samples shows the last that was kept
     disc = disc1 = phase("disc1", deepcopy(disc), teach, sft, data, cfg.d_steps)
     gan = sft
     for i in range(1, cfg.rounds + 1):

@@ -590,8 +590,8 @@ def test_a_saved_model_gives_the_same_samples_and_figures(finished, capsys):
     assert figures(finished) == before
 
 @pytest.mark.parametrize("flags", [  # the last three: the least that is allowed
-    "--rounds 3 --lam 1 --reward prob", "--level char --data noise --context 160", "--disc cnn --kl_coef 0",
-    "--d_loss pairwise --lr 0 --data clean", "--rounds 0 --eval_samples 10",
+    "--rounds 3 --lam 1 --reward prob", "--level char --data noise --context 160",
+    "--disc cnn --kl_coef 0", "--d_loss pairwise --lr 0 --data clean", "--rounds 0",
     "--d_steps 1 --g_steps 1 --g_samples 2", "--pretrain_steps 0 --sft_steps 0"])
 def test_every_switch_runs(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "FAST", [*FAST, *flags.split()])
@@ -619,7 +619,7 @@ def test_the_file_alone_in_an_empty_folder_runs_on_a_text_and_resumes_in_another
 
 # ---- bad input: one line that names what is at fault, status 2, nothing written
 BAD_FLAGS = (
-    "--seed -1, --seed x, --lr 2, --lr nan, --gan_lr -0.1, --temperatures 0, --temperatures a, "
+    "--context 5, --seed x, --lr 2, --lr nan, --gan_lr -0.1, --temperatures 0, --temperatures a, "
     "--temperatures, --temperatures 1 nan, --min_ps 1.5, --min_p -1, --temperature 0, --level x, "
     "--reward ratio, --disc rnn, --batch 3, --d_loss hinge, --lam 1.5, --kl_coef -1, "
     "--batch_size 1, --rounds -1, --width 48, --layers 0, --context -3, --context 5000, --data /, "
@@ -627,8 +627,8 @@ BAD_FLAGS = (
     "--d_steps -1, --samples -1, --nonsense 1, extra, --data, --data /no/such, "
     "--curated /no/such, --grammar /no/such").split(", ")
 BAD_GRAMMARS = {
-    "S -> 1 A\nA -> 1 S": "never ends", "S -> 3 S S | 1 a": "never ends",
-    "S -> 3 a S S | 1 b": "never ends", "S -> 1 S a | 1 b": "begins with itself",
+    "S -> 1 NP runs": "'NP' has no rule", "S -> 1 A\nA -> 1 S": "never ends",
+    "S -> 3 S S | 1 a": "never ends", "S -> 1 S a | 1 b": "begins with itself",
     "S -> 1 A | 1 b\nA -> 1 B\nB -> 1 A": "never", "S -> 1 a\nS -> 1 b": "line 2",
     "S -> 1 a b\n\n# x\nT ->": "line 4", "# no": "no rule", "": "no rule", "\ufeff": "no rule",
     **dict.fromkeys(["S -> x a", "S -> 0 a", "S -> -1 a", "S -> nan a", "S -> inf a", "S -> 1", "S",

@@ -7,11 +7,12 @@ was judged well) moves the model to where D cannot (`gan`).  Everything cheap th
 instead runs along: a lower temperature, a cut of unlikely tokens (min-p), the same time in more
 likelihood (`continued`), choosing among the samples of `sft` by the same D (`reranked`).
 
-Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts and the critic (D judges every prefix, so
-each token has its own reward), reward scaling, a blind D (ours reads what the model thought).
-Added: an anchor, the KL to the model that D was trained against.  Freeze D, and this is RLHF.
+Deleted from SeqGAN (Yu et al. 2017) and its heirs: Monte-Carlo rollouts, which finish a prefix many
+times to judge it, and critics (our D judges every prefix), and reward scaling.  Added: D reads what
+the model thought, and an anchor, the KL to the model that D was trained against.  Freeze D, and
+this is preference learning (RLHF).  What came out, with figures: README.md.
 
-    python gan_lm.py                     # the known language of tiny_data/: distances are exact
+    python gan_lm.py                     # tiny_data/: a grammar knows the exact p of any sentence
     python gan_lm.py --data your.txt     # any text, one sequence a line: a fresh D is the judge
 
 Shapes: B batch, T time, C channels, V vocabulary.  p is the truth, q the model.
@@ -31,7 +32,7 @@ from tqdm import tqdm
 TINY = Path(__file__).resolve().parent / "tiny_data"
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 END = 0  # one token begins, ends and pads a sequence
-AT_ONCE = 2**24  # tokens times numbers of each that are computed at a time: bounds the memory
+AT_ONCE = 2**24  # numbers computed at a time (rows x tokens x numbers a token): bounds memory
 
 
 # ---- 1 configuration: each field is a flag of the same name --------------------------------------
@@ -56,24 +57,24 @@ class Config:
     layers: int = flag(2, "layers of the GPT", 1, 100, group="the model")
     width: int = flag(64, "channels of the GPT, a multiple of 32: a head has 32", 32, 4096)
     context: int = flag(64, "longest sequence in tokens, the rest of a line is cut", 1, 4096)
-    batch_size: int = flag(64, "sequences a step of likelihood, and of D", 2, 10**6)
+    batch_size: int = flag(64, "sequences per step of likelihood, and of D", 2, 10**6)
     pretrain_steps: int = flag(None, "likelihood steps on --data", 0, 10**9, group="likelihood")
     sft_steps: int = flag(None, "likelihood steps on --curated", 0, 10**9)
     lr: float = flag(4e-3, "peak learning rate of likelihood, a quarter on --curated", 0, 1)
     rounds: int = flag(1, "turns of both networks; 0: no GAN", 0, 100, group="the GAN")
     disc: str = flag("lm", "D is a language model, or SeqGAN's CNN", choices=["lm", "cnn"])
     d_loss: str = flag("bce", "the GAN's, or reward models'", choices=["bce", "pairwise"])
-    d_steps: int = flag(None, "discriminator steps a round", 1, 10**9)
-    g_steps: int = flag(None, "policy-gradient steps a round", 1, 10**9)
-    g_samples: int = flag(1024, "samples of the model a policy-gradient step", 2, 10**6)
+    d_steps: int = flag(None, "discriminator steps per round", 1, 10**9)
+    g_steps: int = flag(None, "policy-gradient steps per round", 1, 10**9)
+    g_samples: int = flag(1024, "samples of the model per policy-gradient step", 2, 10**6)
     gan_lr: float = flag(3e-3, "peak learning rate of both, times 64 / width", 0, 1)
-    reward: str = flag("logit", "a token is to raise D's logit, or D", choices=["logit", "prob"])
-    kl_coef: float = flag(1.0, "weight of the anchor; 1 is what the GAN says", 0, 1000)
+    reward: str = flag("logit", "what a token is to raise: D's logit or D", choices=["logit", "prob"])
+    kl_coef: float = flag(1.0, "weight of the anchor; 1 makes the truth the optimum", 0, 1000)
     lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", 0, 1)
-    temperatures: tuple = flag((1.0, 0.9), "to measure, each with each cut", 0.01, 100,
+    temperatures: tuple = flag(None, "to measure, the first is plain", 0.01, 100,
                                group="measurement", nargs="+")
-    min_ps: tuple = flag((0.0, 0.003, 0.01), "cuts: below it times the likeliest", 0, 1, nargs="+")
-    eval_samples: int = flag(4000, "samples a side for each figure", 10, 10**7)
+    min_ps: tuple = flag(None, "cuts of tokens below that share of the likeliest", 0, 1, nargs="+")
+    eval_samples: int = flag(4000, "samples per side of each figure", 10, 10**7)
     samples: int = flag(0, "print so many of the model in --out", 0, 10**7, group="samples")
     prompt: str = flag("", "how each of --samples begins")
     temperature: float = flag(1.0, "of --samples", 0.01, 100)
@@ -97,8 +98,8 @@ def parse_flags(argv=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in fields(Config):
         value, (low, high) = getattr(cfg, f.name), f.metadata["range"]
-        for number in value if f.type is tuple else [value]:
-            if low is not None and number is not None and not low <= number <= high:
+        for number in value if isinstance(value, list) else [value]:
+            if None not in (low, number) and not low <= number <= high:
                 fail(f"argument --{f.name}: {number}: expected {low} to {high}")
     if cfg.width % 32:
         fail(f"argument --width: {cfg.width}: expected a multiple of 32")
@@ -141,7 +142,7 @@ class Data:
         self.symbols = ["", *sorted({t for line in lines for t in tokens_of(line, cfg.level)})]
         if len(self.symbols) > 20000:
             fail(f"--level {cfg.level}: over 20000 different tokens: try --level char or less text")
-        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}  # of END, "", it is 0
+        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}  # END is 0
         self.messy, self.curated = ({part: self.to_ids(lines) for part, lines in text.items()}
                                     for text in texts)
         if self.grammar:
@@ -196,8 +197,8 @@ def batches(x, size):
     size = min(size, len(x))
     while True:
         for rows in torch.randperm(len(x), device=x.device).split(16 * size):
-            rows = rows[real_tokens(x[rows]).sum(1).argsort()]
-            sets = rows.split(size)[:max(1, len(rows) // size)]  # a short rest waits for next time
+            rows = rows[:max(1, len(rows) // size) * size]  # a short rest waits for next time
+            sets = rows[real_tokens(x[rows]).sum(1).argsort()].split(size)
             for i in torch.randperm(len(sets)):
                 yield sets[i]
 
@@ -274,7 +275,7 @@ def by_length(x, V):
 @torch.no_grad()
 def in_chunks(f, x, *also, V=256):
     """f(x, *also) of many rows, (N, T+1) ids -> (N, T) or (N, T, 2), in bounded memory.  `also`:
-    hints of the tokens that f reads too; V: how many numbers f makes of a token."""
+    what else f reads of each token, (N, T, 2); V: how many numbers f makes of a token."""
     parts, order = [], by_length(x, V)
     for rows in order:
         part = trim(x[rows])
@@ -326,7 +327,7 @@ def hints_of(ref, x):
 
 
 class PrefixDiscriminator(nn.Module):
-    """A language model with a verdict for a head: logit_t estimates log p(x_1..t) / q_ref(x_1..t).
+    """A language model with a verdict for a head: logit_t estimates log(p/q_ref) of x_1..t.
     It starts as a copy of a generator and reads the hints with each token: what is left to learn is
     where q_ref is wrong, not the language."""
     def __init__(self, generator):
@@ -393,8 +394,9 @@ def token_rewards(logits, mask, shape="logit"):
 
 def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
     """A_t = sum_{k>=t} lam^(k-t) (r_k - kl_coef log q(x_k|x_<k)/q_ref(x_k|x_<k)) - baseline_t.
-    With logit rewards and kl_coef 1 the expected sum is -KL(q || q_ref D/(1-D)), highest at
-    q = q_ref D/(1-D), which is p where D is optimal: the coefficient is no knob.  The baseline is
+    With logit rewards, kl_coef 1 and lam 1 the expected sum is -KL(q || q_ref D/(1-D)), highest at
+    q = q_ref D/(1-D), which is p where D is optimal, as it is for any lam: less of lam is less
+    noise, for a reward that is near in time anyway.  The baseline is
     the batch mean at each position.  No division by the deviation: with D at chance it would blow
     noise up to full-size steps.  (B, T) each -> (B, T), without gradient: advantages are data."""
     A = (rewards - kl_coef * (logp - logp_ref)).detach() * mask
@@ -464,7 +466,7 @@ def verdict(disc, x, hints):
 def judged(real, fake):
     """D's verdicts on held-out sentences, (N,) and (M,) -> its loss (ln 2: no signal), the standard
     error of that, and its accuracy.  1 - loss / ln 2 is the JS, in bits, that D has found."""
-    middle = (real.mean() + fake.mean()) / 2  # a constant in the logit changes no reward: forgiven
+    middle = (real.mean() + fake.mean()) / 2  # a constant changes no advantage: forgiven
     loss_r, loss_f = F.softplus(middle - real), F.softplus(fake - middle)
     error = (loss_r.var() / len(real) + loss_f.var() / len(fake)).sqrt() / 2
     right = ((real > middle).float().mean() + (fake <= middle).float().mean()) / 2
@@ -477,7 +479,7 @@ def train_discriminator(disc, ref, real, fake, steps, cfg):
     `real`, `fake`: dicts of train and val ids; `ref`: the generator whose hints D reads."""
     row = torch.arange(max(len(real["train"]), len(fake["train"])), device=cfg.device)
     # The smaller class is repeated.  Both are mixed before they are sorted by length: a batch of
-    # long reals and short fakes would teach D the length of the day.
+    # long reals and then one of short fakes would teach D lengths.
     x = torch.cat([text["train"][row % len(text["train"])] for text in (real, fake)])
     is_real = torch.arange(len(x), device=cfg.device) < len(row)
     hints = hints_of(ref, x)
@@ -518,24 +520,24 @@ def train_generator(model, ref, disc, cfg):
         A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)  # 4 better than usual?
         for rows in by_length(x, ref.shape[0]):  # 5 make better tokens more likely
             part = trim(x[rows])
-            new_logp = token_logp(model, part)  # equal to logp, but with a gradient
+            new_logp = token_logp(model, part)  # logp again, now with a gradient
             loss = policy_gradient_loss(new_logp, A[rows, :part.shape[1] - 1])
-            (loss / 10 * len(rows) / len(x)).backward()
+            (loss / 10 * len(rows) / len(x)).backward()  # / 10 as in train_likelihood()
         stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
         if not update(model, adam, step, cfg.g_steps, cfg.gan_lr * 64 / cfg.width):  # 6 a step
             print(f"generator: no finite gradient at step {step + 1}: stopped there")
             break
-    ends = [torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])]  # ten steps each
+    ends = [torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])]  # of ten steps
     return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), torch.stack(ends, 1).tolist()))
 
 
 def why_undone(before, after, data, old, new):
     """A round is kept only if held-out text says so.  A GAN is for being told apart less: the next
     D, which went on from the old one with the same budget, must find less in the new model than
-    the old one did in the old.  And likelihood and variety must not collapse.  "" is yes."""
-    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # best of 16 looks: flattered
+    the old one did in the old.  And likelihood and variety must not collapse.  "": keep it."""
+    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # the best of 16 looks
         return "the discriminator was at chance"
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same decision after --resume
     nll, nll_before = (-sequence_logp(m, data.curated["val"]).mean() for m in (after, before))
     unique, unique_before = (len(sample(m, 1000)[0].unique(dim=0)) for m in (after, before))
     if nll > 1.05 * nll_before or unique < 0.9 * unique_before:
@@ -545,7 +547,8 @@ def why_undone(before, after, data, old, new):
 
 # ---- 7 measurement -------------------------------------------------------------------------------
 def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
-    """From exact log p and log q on samples of p and of q: KL (nats), JS (bits), TV; errors _se.
+    """From exact log p and log q on samples of p and of q: KL in nats,
+    Jensen-Shannon in bits (0 to 1), total variation; errors _se.
     KL = E_p log p/q.  JS = (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2 (Lin 1991).
     TV = E_p (1 - q/p)+; the best possible D is right (1 + TV)/2 of the time.
     `weight`: how much each sample of q counts, 1 on average.  terms: what JS is the mean of."""
@@ -554,7 +557,7 @@ def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
         kl_se = kl.std() / math.sqrt(len(kl))
     js_p = 1 - np.logaddexp(0, -kl) / math.log(2)
     js_q = weight * (1 - np.logaddexp(0, logp_q - logq_q) / math.log(2))
-    js_q = js_q - (weight - 1) * js_q.mean()  # the weights' mean is an estimate: its error counts
+    js_q = js_q - (weight - 1) * js_q.mean()  # keeps the mean; Z is an estimate: adds its error
     return {"kl": kl.mean(), "kl_se": kl_se, "js": (js_p.mean() + js_q.mean()) / 2,
             "js_se": math.sqrt(js_p.var() / len(js_p) + js_q.var() / len(js_q)) / 2,
             "tv": -np.expm1(np.minimum(-kl, 0)).mean(), "terms": (js_p, js_q)}
@@ -562,8 +565,8 @@ def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
 
 def measure(model, decoding, data, cfg, disc=None):
     """A row of the report for `model` at (temperature, min_p), and its samples as lines.  With
-    `disc` they are re-ranked: of four times as many some are drawn by the weight D/(1-D).  What is
-    measured is the limit of a large pool, q D/(1-D) / Z (Deng et al. 2020): Z is the mean weight
+    `disc` they are re-ranked: of four times as many some are drawn by the weight D/(1-D).  JS and
+    KL are those of the limit of a large pool, q D/(1-D) / Z (Deng et al. 2020): Z is the mean weight
     in the pool, and each sample of the pool counts by its weight."""
     def log_weight(x):  # log D/(1-D) of whole sentences, (N, T+1) ids -> (N,)
         found = verdict(disc, x, hints_of(model, x)) if disc else torch.zeros(len(x))
@@ -595,7 +598,7 @@ def measure(model, decoding, data, cfg, disc=None):
 
 
 def fresh_judge(model, x, data, cfg):
-    """A discriminator that has met neither side yet: its accuracy on unseen pairs, 0.5 is perfect.
+    """A discriminator that has met neither side yet: its accuracy on unseen sentences, 0.5: fooled.
     Of the test lines and the samples half trains it, an eighth stops it, the rest is judged."""
     n = min(len(data.curated["test"]), len(x)) // 8
     sides = [dict(zip(("train", "val", "test"), text[:8 * n].split([4 * n, n, 3 * n])))
@@ -603,7 +606,7 @@ def fresh_judge(model, x, data, cfg):
     judge = PrefixDiscriminator(model)
     train_discriminator(judge, model, *sides, cfg.d_steps // 2, cfg)
     tests = [verdict(judge, side["test"], hints_of(model, side["test"])) for side in sides]
-    # more often wrong than right is chance, not better than chance
+    # below 0.5 is noise: it must not rank above perfect
     return {"judge_acc": max(0.5, judged(*tests)["d_acc"]), "judge_acc_se": 0.5 / math.sqrt(6 * n)}
 
 
@@ -637,14 +640,14 @@ def draw(runs, path):
     lines = [("likelihood, messy text", "mle", False), ("+ fine-tuning", "sft", False),
              ("with its best cut", "sft", True), ("longer, best cut", "continued", True),
              ("fine-tuning + GAN", "gan", False), ("with its best cut", "gan", True),
-             ("best of 4 by D, best cut", "reranked", True)]
+             ("weighted by D, best cut", "reranked", True)]
     y = "js" if "js" in runs[0][0] else "judge_acc"
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     for place, (label, name, at_best) in enumerate(lines):
         figures = [[row[y] for row in rows if row["name"] == name] for rows in runs]
         values = [min(f) if at_best else f[0] for f in figures]
-        spread = 1.96 * np.std(values) / math.sqrt(len(values))
+        spread = 1.96 * np.std(values) / math.sqrt(max(1, len(values) - 1))
         look = {"color": "#0072b2", "marker": "o"}
         if name in ("gan", "reranked"):
             look = {"color": "#d55e00", "marker": "D"}
@@ -684,7 +687,7 @@ def save(run, cfg):
 
 def begin_or_resume(cfg, symbols):
     """What is in --out/model.pt: the models of finished phases, and what was noted of them."""
-    config = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(cfg).items()}
+    config = asdict(cfg)
     run = {"config": config, "symbols": symbols, "models": {}, "records": {}}
     if Path(cfg.out, "model.pt").exists():
         if not cfg.resume:
@@ -719,16 +722,19 @@ def print_samples(cfg):
 
 
 def sized_to_text(cfg, data):
-    """Choose the steps that were not given: on two cores some three minutes of the known language,
-    up to ten of another text."""
+    """Choose what was not given: on two cores some three minutes of the known language, about ten
+    of another text, where each decoding costs a judge."""
     tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
     work = tokens * (1e5 + 64 * len(data.symbols))  # of a sentence, for the default model
-    scale = 1.0 if data.grammar else min(3.0, 3.5e6 / work)
-    steps = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 1000, "g_steps": 150}
-    for name in steps:
+    scale = 1.0 if data.grammar else min(3.0, 2e6 / work)
+    chosen = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 1000, "g_steps": 150}
+    chosen = {name: max(10, round(scale * steps)) for name, steps in chosen.items()}
+    chosen["temperatures"] = [1.0, 0.9] if data.grammar else [1.0]
+    chosen["min_ps"] = [0.0, 0.003, 0.01] if data.grammar else [0.0, 0.05]
+    for name in chosen:
         if getattr(cfg, name) is None:
-            setattr(cfg, name, max(10, round(scale * steps[name])))
-    print("steps:", *(f"--{name} {getattr(cfg, name)}" for name in steps))
+            setattr(cfg, name, chosen[name])
+    print("chosen:", *(f"{name} {getattr(cfg, name)}" for name in chosen))
 
 
 def report(arms, run, data, cfg):
@@ -808,8 +814,8 @@ def main(argv=None):
             break
         gan = new
 
-    # 3 the control: the GAN's time in more likelihood, counted in its batches.  D's sentences are
-    # also written and hinted at; a policy gradient writes, reads twice and learns.
+    # 3 the control: the GAN's time in more likelihood.  A step of D takes that of 2 batches, since
+    # its sentences are also written and hinted at; a sample, written, read twice and learned, 5/2.
     work = 2 * cfg.d_steps * (2 + cfg.rounds)
     work += cfg.rounds * cfg.g_steps * 5 * cfg.g_samples // (2 * cfg.batch_size)
     more = phase("more", deepcopy(mle), train_likelihood, data.messy, work, cfg.lr)

@@ -68,7 +68,7 @@ class Config:
     g_steps: int = flag(None, "policy-gradient steps per round", 1, 10**9)
     g_samples: int = flag(1024, "samples of the model per policy-gradient step", 2, 10**6)
     gan_lr: float = flag(3e-3, "peak learning rate of both, times 64 / width", 0, 1)
-    reward: str = flag("logit", "what a token is to raise: D's logit or D", choices=["logit", "prob"])
+    reward: str = flag("logit", "a token is to raise D's logit, or D", choices=["logit", "prob"])
     kl_coef: float = flag(1.0, "weight of the anchor; 1 makes the truth the optimum", 0, 1000)
     lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", 0, 1)
     temperatures: tuple = flag(None, "to measure, the first is plain", 0.01, 100,
@@ -566,7 +566,7 @@ def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
 def measure(model, decoding, data, cfg, disc=None):
     """A row of the report for `model` at (temperature, min_p), and its samples as lines.  With
     `disc` they are re-ranked: of four times as many some are drawn by the weight D/(1-D).  JS and
-    KL are those of the limit of a large pool, q D/(1-D) / Z (Deng et al. 2020): Z is the mean weight
+    KL are those of the limit of a large pool, q D/(1-D) / Z (Deng et al. 2020): Z, the mean weight
     in the pool, and each sample of the pool counts by its weight."""
     def log_weight(x):  # log D/(1-D) of whole sentences, (N, T+1) ids -> (N,)
         found = verdict(disc, x, hints_of(model, x)) if disc else torch.zeros(len(x))

@@ -150,7 +150,8 @@ class Data:
             truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
             if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
                 fail(f"--context {cfg.context}: true sentences are longer; expected more")
-            self.truth, self.truth_logp = self.to_ids(truth), self.true_logp(truth)
+            self.truth = self.to_ids(truth)
+            self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
 
     def split(self, path):
         """A held-out line may stand in train as well, as often as the language repeats itself."""
@@ -170,9 +171,6 @@ class Data:
             ids = [self.id_of[t] for t in tokens_of(line, self.cfg.level)[:T]]
             row[1:1 + len(ids)] = ids
         return torch.from_numpy(x).to(self.cfg.device)
-
-    def true_logp(self, lines):  # log p in nats; -inf: the grammar cannot say it
-        return np.array([self.grammar.logp(line) for line in lines])
 
     def to_lines(self, x):  # (N, T+1) ids -> N lines
         return ["".join(self.symbols[i] for i in row).strip() for row in x.tolist()]
@@ -547,11 +545,10 @@ def why_undone(before, after, data, old, new):
 
 # ---- 7 measurement -------------------------------------------------------------------------------
 def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
-    """From exact log p and log q on samples of p and of q: KL in nats,
-    Jensen-Shannon in bits (0 to 1), total variation; errors _se.
-    KL = E_p log p/q.  JS = (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2 (Lin 1991).
-    TV = E_p (1 - q/p)+; the best possible D is right (1 + TV)/2 of the time.
-    `weight`: how much each sample of q counts, 1 on average.  terms: what JS is the mean of."""
+    """From exact log p and log q on samples of p and of q: KL in nats, Jensen-Shannon divergence in
+    bits (0 to 1), total variation; standard errors _se.  KL = E_p log p/q.  JS = (E_p log2 p/m +
+    E_q log2 q/m) / 2, m = (p+q)/2 (Lin 1991).  TV = E_p (1 - q/p)+; the best D is right (1+TV)/2 of
+    the time.  `weight`: how much each sample of q counts, 1 on average; terms: what JS averages."""
     with np.errstate(invalid="ignore"):  # a cut can make q 0, and KL infinite
         kl = logp_p - logq_p
         kl_se = kl.std() / math.sqrt(len(kl))
@@ -584,7 +581,7 @@ def measure(model, decoding, data, cfg, disc=None):
     real = data.truth if data.grammar else data.curated["test"]
     logq_real = sequence_logp(model, real, *decoding).cpu().double()
     if data.grammar:
-        logp_q = data.true_logp(lines)
+        logp_q = np.array([data.grammar.logp(line) for line in lines])
         log_w_real = log_weight(real) - log_z
         log_w = log_w - log_z
         row |= {"valid": np.isfinite(logp_q[drawn]).mean(), **divergences(
@@ -663,11 +660,8 @@ def draw(runs, path):
 def write(content, path):
     """Bytes to a file, whole or not at all: a full disk leaves the file that was there."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_bytes(content)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    new.write_bytes(content)
+    new.replace(path)
 
 
 def load(cfg):

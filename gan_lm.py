@@ -660,8 +660,11 @@ def draw(runs, path):
 def write(content, path):
     """Bytes to a file, whole or not at all: a full disk leaves the file that was there."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_bytes(content)
-    new.replace(path)
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def load(cfg):

@@ -88,7 +88,7 @@ def complaint(argv, capsys):
 
 # ---- the promises about the files
 def test_the_files_are_few_and_short_enough_to_be_read():
-    most = {"gan_lm.py": 841, "tiny_data/language.py": 130, "test_gan_lm.py": 800}
+    most = {"gan_lm.py": 844, "tiny_data/language.py": 130, "test_gan_lm.py": 800}
     found = [path.relative_to(ROOT) for path in ROOT.rglob("*.*")]
     code = {path.as_posix() for path in found if path.suffix in (".py", ".sh", ".ipynb", ".c")}
     assert {file for file in code if file[0] != "."} == most.keys()

@@ -116,8 +116,8 @@ def every_sentence(grammar, symbols):  # {its words: probability}, by brute forc
             out[a + b] += w * p * q
     return out
 
-alternative = st.tuples(st.integers(1, 5),
-                        st.lists(st.sampled_from("ABxy"), min_size=1, max_size=3))
+symbols = st.lists(st.sampled_from("ABxy"), min_size=1, max_size=3)
+alternative = st.tuples(st.integers(1, 5), symbols)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(alternative, min_size=1, max_size=3), min_size=3, max_size=3))
@@ -150,6 +150,7 @@ def test_a_mistake_is_a_sibling_and_noise_swaps_drops_doubles_or_replaces_one_wo
         assert wrong in GRAMMAR.siblings[right] and abs(len(c) - len(a)) <= 1
         assert c != a and sum((Counter(c) - Counter(a)).values()) <= 1
         assert GRAMMAR.logp(" ".join(b)) == GRAMMAR.logp(" ".join(c)) == -math.inf
+    pytest.raises(SystemExit, Grammar("S -> 1 a").with_error, "a", "mistakes", rng)  # no sibling
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_texts_are_made_again_byte_for_byte(kind, tmp_path):
@@ -592,7 +593,7 @@ def test_a_saved_model_gives_the_same_samples_and_figures(finished, capsys):
 @pytest.mark.parametrize("flags", [  # the last three: the least that is allowed
     "--rounds 3 --lam 1 --reward prob", "--level char --data noise --context 160",
     "--disc cnn --kl_coef 0", "--d_loss pairwise --lr 0 --data clean", "--rounds 0",
-    "--d_steps 1 --g_steps 1 --g_samples 2", "--pretrain_steps 0 --sft_steps 0"])
+    "--d_steps 1 --g_steps 1 --g_samples 2", "--pretrain_steps 0 --sft_steps 0 --eval_samples 10"])
 def test_every_switch_runs(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "FAST", [*FAST, *flags.split()])
     run("--out", tmp_path)
@@ -625,12 +626,12 @@ BAD_FLAGS = (
     "--batch_size 1, --rounds -1, --width 48, --layers 0, --context -3, --context 5000, --data /, "
     "--eval_samples 1, --g_samples 0, --device teapot, --pretrain_steps 1.5, --sft_steps -1, "
     "--d_steps -1, --samples -1, --nonsense 1, extra, --data, --data /no/such, "
-    "--curated /no/such, --grammar /no/such").split(", ")
+    "--curated /no/such, --grammar /no/such, --seed -1").split(", ")
 BAD_GRAMMARS = {
-    "S -> 1 NP runs": "'NP' has no rule", "S -> 1 A\nA -> 1 S": "never ends",
-    "S -> 3 S S | 1 a": "never ends", "S -> 1 S a | 1 b": "begins with itself",
-    "S -> 1 A | 1 b\nA -> 1 B\nB -> 1 A": "never", "S -> 1 a\nS -> 1 b": "line 2",
-    "S -> 1 a b\n\n# x\nT ->": "line 4", "# no": "no rule", "": "no rule", "\ufeff": "no rule",
+    "S -> 1 NP runs": "'NP' has no rule", "S -> 1 S a | 1 b": "begins with itself",
+    **dict.fromkeys(["S -> 1 A\nA -> 1 S", "S -> 3 S S | 1 a", "S -> 3 a S S | 1 b", "S -> 1 A | "
+                     "1 b\nA -> 1 B\nB -> 1 A"], "never ends"), "S -> 1 a\nS -> 1 b": "line 2",
+    **dict.fromkeys(["# no", "", "\ufeff"], "no rule"), "S -> 1 a b\n\n# x\nT ->": "line 4",
     **dict.fromkeys(["S -> x a", "S -> 0 a", "S -> -1 a", "S -> nan a", "S -> inf a", "S -> 1", "S",
                      "S -> 1 a |", "S -> | 1 a", "A B -> 1 a", "-> 1 a", "S -> 1 -> 1"], "line 1")}
 BAD_TEXTS = {"": "0 diff", "same\n" * 99: "1 diff", "\n\n \n": "0 diff", "\ufeff": "0 diff",
@@ -781,8 +782,7 @@ def adversarial_rates(cfg, model):
     return rate(lambda: 768 * bool(train_generator(model, ref, disc, cfg))), rate(seqgan)
 
 def speed():
-    cfg = parse_flags(["--device", "cpu"])
-    data = Data(cfg)
+    data = Data(cfg := parse_flags(["--device", "cpu"]))
     model = GPT(len(data.symbols), cfg.context, cfg.layers, cfg.width)
     train_likelihood(model, data.messy, 400, cfg.lr, cfg)
     def sampling(n):

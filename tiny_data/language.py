@@ -90,8 +90,7 @@ class Grammar:
 
     def with_error(self, line, kind, rng):
         """The line with one error, of the kind named above, that the grammar cannot say."""
-        wrong = line
-        while not wrong or self.logp(wrong) > -math.inf:
+        for _ in range(1000):
             words = line.split()
             i = rng.randrange(len(words))
             if kind == "mistakes":
@@ -101,8 +100,9 @@ class Grammar:
                 error = rng.randrange(4)
                 words[i:i + (2 if error == 0 else 1)] = [
                     words[i:i + 2][::-1], [], [words[i]] * 2, [other]][error]
-            wrong = " ".join(words)
-        return wrong
+            if words and self.logp(" ".join(words)) == -math.inf:
+                return " ".join(words)
+        fail(f"{line[:40]!r}: found no error of the kind {kind} to make in it")
 
 
 def main(argv=None):

@@ -81,14 +81,14 @@ def every_sequence(V, T):
 def complaint(argv, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        program([*map(str, argv)])
+        main([*map(str, argv)])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1, err
     return err
 
 # ---- the promises about the files
 def test_the_files_are_few_and_short_enough_to_be_read():
-    most = {"gan_lm.py": 844, "tiny_data/language.py": 130, "test_gan_lm.py": 800}
+    most = {"gan_lm.py": 700, "tiny_data/language.py": 130, "test_gan_lm.py": 800}
     found = [path.relative_to(ROOT) for path in ROOT.rglob("*.*")]
     code = {path.as_posix() for path in found if path.suffix in (".py", ".sh", ".ipynb", ".c")}
     assert {file for file in code if file[0] != "."} == most.keys()
@@ -227,18 +227,17 @@ def test_min_p_cuts_what_is_below_that_share_of_the_likeliest():
 def test_cached_sampling_equals_uncached_and_tells_the_log_q_of_each_token(temperature, min_p):
     model, n = tiny_gpt(), 50
     torch.manual_seed(3)
-    fast, logq = sample(model, n, temperature, min_p, prompt=[2, 5])
+    fast, logq = sample(model, n, temperature, min_p)
     torch.manual_seed(3)
     slow, alive = torch.zeros(n, 9, dtype=torch.long), torch.arange(n)
-    slow[:, 1:3] = torch.tensor([2, 5])
-    for t in range(3, 9):
+    for t in range(1, 9):
         total = decoded(model(slow[alive, :t])[:, -1], temperature, min_p).exp().cumsum(-1)
         u = total[:, -1:] * torch.rand(len(alive), 1)
         slow[alive, t] = torch.searchsorted(total, u, right=True)[:, 0]
         alive = alive[slow[alive, t] != 0]
     assert torch.equal(fast, slow)
     told = token_logp(model, fast, temperature, min_p)
-    assert torch.allclose(logq[:, 2:], told[:, 2:], atol=1e-4) and (logq[:, :2] == 0).all()
+    assert torch.allclose(logq, told, atol=1e-4)
 
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_probabilities_of_sequences_sum_to_one_and_are_those_of_samples(decoding):
@@ -324,16 +323,12 @@ def test_token_rewards_add_up_to_the_verdict_on_the_sentence():
     rewards = token_rewards(logits, mask)
     assert torch.allclose(rewards.sum(1), torch.stack([logits[0, 4], logits[1, 2]]), atol=1e-6)
     assert rewards[0, 1] == logits[0, 1] - logits[0, 0] and (rewards[1, 3:] == 0).all()
-    prob = token_rewards(logits, mask, "prob").sum(1)
-    assert prob[0].item() == pytest.approx(logits[0, 4].sigmoid().item() - 0.5, abs=1e-6)
-    for shape in ("logit", "prob"):  # where D has no opinion each of them is silent
-        assert (token_rewards(torch.zeros(2, 5), mask, shape) == 0).all()
+    assert (token_rewards(torch.zeros(2, 5), mask) == 0).all()  # without an opinion it is silent
 
-@pytest.mark.parametrize("kind", ["bce", "pairwise"])
-def test_discriminator_losses_are_ln_2_without_a_signal_and_fall_with_the_right_one(kind):
+def test_the_discriminator_loss_is_ln_2_without_a_signal_and_falls_with_the_right_one():
     mask, is_real = torch.ones(2, 1), torch.tensor([True, False])
     right = torch.tensor([[3.0], [-3.0]])
-    silent, good, bad = (discriminator_loss(scale * right, is_real, mask, kind).item()
+    silent, good, bad = (discriminator_loss(scale * right, is_real, mask).item()
                          for scale in (0, 1, -1))
     assert silent == pytest.approx(math.log(2)) and good < silent < bad
 
@@ -352,23 +347,27 @@ def test_the_learning_rate_rises_20_steps_and_falls_along_a_cosine_and_betas_sta
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     for step in range(100):
         model(torch.ones(1, 1)).sum().backward()
-        assert update(model, adam, step, 100, 0.5)
+        update(model, adam, step, 100, 0.5)
         lr = 0.5 * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / 100)) / 2
         group = adam.param_groups[0]
         assert group["lr"] == pytest.approx(lr) and group["betas"] == (0.9, 0.99)
+    before = model.weight.item()
     (model(torch.ones(1, 1)).sum() * math.inf).backward()  # what is not finite changes nothing
-    assert not update(model, adam, 50, 100, 0.5) and model.weight.isfinite()
+    update(model, adam, 50, 100, 0.5)
+    assert model.weight.item() == before and model.weight.grad is None
 
-def test_a_fit_ends_at_its_best_look_at_held_out_text_and_at_a_loss_that_is_not_finite(capsys):
+def test_a_fit_ends_at_its_best_look_at_held_out_text_and_passes_over_losses_not_finite():
     for losses, looks, best in (([1.0] * 30, [5.0, 3.0, 4.0, 6.0], 1),  # a look each ten steps
-                                ([1.0] * 12 + [math.nan], [5.0, 4.0], 1)):
+                                ([math.nan] * 30, [5.0, 5.0, 5.0, 5.0], 0)):
         weight, seen, losses = torch.nn.Linear(1, 1, bias=False), [], iter(losses)
         def look():
             seen.append(weight.weight.item())
-            return looks[len(seen) - 1]
-        fit(weight, 30, 0.1, lambda: weight(torch.ones(1, 1)).sum() * next(losses), "phase", look)
-        assert weight.weight.item() == seen[best] and len(set(seen)) == len(looks)
-    assert "phase: no finite gradient at step 13" in capsys.readouterr().out
+            return {"score": looks[len(seen) - 1]}
+        def loss(rows):
+            return weight(torch.ones(1, 1)).sum() * next(losses)
+        assert fit(weight, rows(*[[1]] * 9), loss, "score", look, 30, 0.1, Config()) == {
+            "score": looks[best]}
+        assert weight.weight.item() == seen[best] and len(set(seen)) == (4 if best else 1)
 
 def test_the_verdict_is_the_last_logit_and_its_figures_forgive_a_constant():
     x = rows([1, 2, 3], [4], [1] * 8)
@@ -420,8 +419,7 @@ WEIGHT = np.array([2.0, 0.5, 1.0, 0.1])  # unnormalised, of a sample of Q
 def exact(p, q):  # as sums
     def kl(a, b):
         return (a[a > 0] * np.log(a[a > 0] / b[a > 0])).sum()
-    js = (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2 / math.log(2)
-    return {"kl": kl(p, q), "js": js, "tv": np.abs(p - q).sum() / 2}
+    return {"kl": kl(p, q), "js": (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2 / math.log(2)}
 
 def estimated(n, rng, weight):  # of P and Q * weight / Z, from n samples each
     x, y = rng.choice(4, n, p=P), rng.choice(4, n, p=Q)
@@ -433,13 +431,13 @@ def estimated(n, rng, weight):  # of P and Q * weight / Z, from n samples each
 @pytest.mark.parametrize("weight", [np.ones(4), WEIGHT])
 def test_divergences_agree_with_the_sums_over_two_known_distributions(weight):
     a, never = np.log(P[:3]), np.full(3, -np.inf)
-    assert all(divergences(a, a, a, a)[name] == 0 for name in ("kl", "js", "tv"))
+    assert all(divergences(a, a, a, a)[name] == 0 for name in ("kl", "js"))
     apart = divergences(a, never, never, a)
-    assert apart["js"] == apart["tv"] == 1 and apart["kl"] == math.inf
+    assert apart["js"] == 1 and apart["kl"] == math.inf
     got = estimated(200000, np.random.default_rng(0), weight)
     for name, value in exact(P, Q * weight / (Q * weight).sum()).items():
         assert got[name] == pytest.approx(value, abs=0.01)
-        assert name == "tv" or abs(got[name] - value) < 4 * got[name + "_se"] + 1e-4 < 0.02
+        assert abs(got[name] - value) < 4 * got[name + "_se"] + 1e-4 < 0.02
     rng = np.random.default_rng(0)  # the standard error is how far js scatters
     many = [estimated(300, rng, weight) for _ in range(400)]
     js, error = zip(*((r["js"], r["js_se"]) for r in many))
@@ -463,7 +461,6 @@ def test_re_ranking_is_measured_as_the_exact_density_q_d_over_1_minus_d_by_z(dec
     density = sequence_logp(model, x, *decoding).exp().double().numpy() * np.exp(logit)
     expected = exact(p, density / density.sum())
     assert abs(row["js"] - expected["js"]) < 4 * row["js_se"] < 0.05
-    assert row["tv"] == pytest.approx(expected["tv"], abs=0.02)
 
 def test_re_ranking_by_the_true_ratio_gives_nearly_the_true_language(toy):
     cfg, toy_data, model = toy
@@ -498,12 +495,6 @@ def test_the_answer_is_yes_only_for_a_gain_beyond_two_standard_errors(y, capsys)
     assert not answer(capsys, 0.7, 0.5, y)
     assert answer(capsys, 0.5, 0.6, y, shared=9.0)  # luck that both have is no error
 
-def test_the_report_is_drawn_where_matplotlib_is_installed(tmp_path):
-    pytest.importorskip("matplotlib")
-    arms = [{"name": name, "js": 0.5} for name in ("mle", "sft", "continued", "gan", "reranked")]
-    gan_lm.draw([arms, arms], tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
 # ---- 8 the run: whole runs in miniature
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -519,13 +510,15 @@ def figures(out):
 
 def test_a_run_writes_the_report_that_is_promised(finished):
     report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
-    assert {"config", "versions", "entropy", "arms", "rounds", "timing"} <= report.keys()
+    assert {"config", "torch", "entropy", "arms", "rounds"} <= report.keys()
     names = [arm["name"] for arm in report["arms"]]  # each with both decodings
     assert names == [n for n in ("mle", "sft", "continued", "gan", "reranked") for _ in range(2)]
     for arm in report["arms"]:
-        assert {"temperature", "min_p", "kl", "js_se", "tv", "novel", "unique"} <= arm.keys()
+        assert {"temperature", "min_p", "kl", "js_se", "novel", "unique"} <= arm.keys()
         assert 0 <= arm["js"] <= 1.001 and 0 <= arm["valid"] <= 1
-        assert len((finished / f"samples_{arm['name']}.txt").read_bytes().split(b"\n")) == 61
+        for decoding in "", "_1_0.01":  # for an outside judge
+            file = finished / f"samples_{arm['name']}{decoding}.txt"
+            assert len(file.read_bytes().split(b"\n")) == 61
     assert {"reward", "kl_to_ref", "entropy", "tokens", "kept"} <= report["rounds"]["gan1"].keys()
 
 def test_the_same_seed_gives_the_same_figures_and_another_gives_others(finished, tmp_path):
@@ -536,11 +529,11 @@ def test_the_same_seed_gives_the_same_figures_and_another_gives_others(finished,
 def die_at_write(number, argv):
     """Run until the file of this number is half written, and be killed there."""
     write, calls = gan_lm.write, itertools.count()
-    def half(content, path):
+    def half(path, save):
         if next(calls) == number:
-            path.with_name(f".{path.name}.{os.getpid()}").write_bytes(content[:len(content) // 2])
+            path.with_name(f".{path.name}.new").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        write(content, path)
+        write(path, save)
     gan_lm.write, sys.stdout, sys.stderr = half, *(open(os.devnull, "w") for _ in range(2))
     run(*argv)
 
@@ -557,42 +550,40 @@ def test_kills_at_random_moments_change_nothing(finished, tmp_path):
         assert child.exitcode == -signal.SIGKILL
     run(*argv)
     assert figures(finished) == figures(tmp_path / "killed")
-    a, b = (torch.load(out / "model.pt", weights_only=True)["models"]
-            for out in (finished, tmp_path / "killed"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k][w], b[k][w]) for k in a for w in a[k])
+    for file in finished.glob("*.pt"):
+        a, b = (torch.load(out / file.name)[1] for out in (finished, tmp_path / "killed"))
+        assert all(torch.equal(a[name], b[name]) for name in a), file
 
-def test_ctrl_c_says_how_to_go_on_and_full_memory_what_to_lower(tmp_path, monkeypatch, capsys):
-    argv = [*FILES, *FAST, "--resume", "--out", str(tmp_path)]
-    errors = iter([KeyboardInterrupt, torch.OutOfMemoryError("9 GiB")])
-    monkeypatch.setattr(gan_lm, "fit", lambda *args: exec("raise error", {"error": next(errors)}))
-    with pytest.raises(SystemExit) as stopped:
-        program(argv)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 130 and "--resume" in err and err.count("\n") == 1
-    assert "no phase" in complaint(["--samples", "1", "--out", tmp_path], capsys)
-    assert "--context or --width" in complaint(argv, capsys)
+def test_ctrl_c_says_how_to_go_on_and_full_memory_what_to_lower(tmp_path):
+    shutil.copy(ROOT / "gan_lm.py", tmp_path)
+    for error, status, hint in (
+            ("KeyboardInterrupt", 1, "--resume goes on"), ("OSError", 2, "error"),
+            ("torch.OutOfMemoryError", 2, "--context or --width")):
+        (tmp_path / "sitecustomize.py").write_text(f"import tqdm\ndef stop(*args, **how):\n"
+                                                   f"    import torch\n    raise {error}\n"
+                                                   "tqdm.tqdm = stop\n", encoding="utf-8")
+        command = [sys.executable, "gan_lm.py", "--data", FEW / "curated.txt", "--resume"]
+        env = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == status and hint in done.stderr and done.stderr.count("\n") == 1
 
-def test_on_a_full_disk_the_last_file_stays_whole(tmp_path, monkeypatch):
-    gan_lm.write(b"precious", tmp_path / "model.pt")
-    monkeypatch.setattr(Path, "write_bytes", lambda path, content: (
-        path.open("wb").write(content[:4]), os.listdir("/no/space")))
+def test_on_a_full_disk_the_last_file_stays_whole(tmp_path):
+    (tmp_path / "mle.pt").write_bytes(b"precious")
+    def full(new):
+        new.write_bytes(b"part")
+        raise OSError("no space")
     with pytest.raises(OSError):
-        gan_lm.write(b"longer than that", tmp_path / "model.pt")
-    assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"precious"]
+        gan_lm.write(tmp_path / "mle.pt", full)
+    assert (tmp_path / "mle.pt").read_bytes() == b"precious"
 
-def test_a_saved_model_gives_the_same_samples_and_figures(finished, capsys):
-    before, printed = figures(finished), []
-    for seed in (1, 1, 2):
-        main(f"--samples 5 --seed {seed} --out {finished} --prompt".split() + ["the dog"])
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] != printed[2] and printed[0].count("\n") == 5
-    assert all(line.startswith("the dog") for line in printed[0].splitlines())
+def test_a_finished_run_gives_the_same_figures_again(finished):
+    before = figures(finished)
     run("--out", finished, "--resume")  # trains nothing, measures again
     assert figures(finished) == before
 
 @pytest.mark.parametrize("flags", [  # the last three: the least that is allowed
-    "--rounds 3 --lam 1 --reward prob", "--level char --data noise --context 160",
-    "--disc cnn --kl_coef 0", "--d_loss pairwise --lr 0 --data clean", "--rounds 0",
+    "--rounds 3 --lam 1", "--level char --data noise --context 160",
+    "--disc cnn --kl_coef 0", "--lr 0 --data clean", "--rounds 0",
     "--d_steps 1 --g_steps 1 --g_samples 2", "--pretrain_steps 0 --sft_steps 0 --eval_samples 10"])
 def test_every_switch_runs(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "FAST", [*FAST, *flags.split()])
@@ -616,16 +607,16 @@ def test_the_file_alone_in_an_empty_folder_runs_on_a_text_and_resumes_in_another
         done = subprocess.run([*command, *resume], cwd=tmp_path, env=env | {"PYTHONPATH": ""},
                               capture_output=True, text=True)
         assert done.returncode == 0 and "Best judge_acc" in done.stdout, done.stderr
-        assert ("val_nll" in done.stdout) != bool(resume) and (tmp_path / "out/model.pt").exists()
+        assert ("val_nll" in done.stdout) != bool(resume) and (tmp_path / "out/gan1.pt").exists()
 
 # ---- bad input: one line that names what is at fault, status 2, nothing written
 BAD_FLAGS = (
     "--context 5, --seed x, --lr 2, --lr nan, --gan_lr -0.1, --temperatures 0, --temperatures a, "
-    "--temperatures, --temperatures 1 nan, --min_ps 1.5, --min_p -1, --temperature 0, --level x, "
-    "--reward ratio, --disc rnn, --batch 3, --d_loss hinge, --lam 1.5, --kl_coef -1, "
+    "--temperatures, --temperatures 1 nan, --min_ps 1.5, --min_ps -1, --level x, "
+    "--disc rnn, --batch 3, --lam 1.5, --kl_coef -1, "
     "--batch_size 1, --rounds -1, --width 48, --layers 0, --context -3, --context 5000, --data /, "
     "--eval_samples 1, --g_samples 0, --device teapot, --pretrain_steps 1.5, --sft_steps -1, "
-    "--d_steps -1, --samples -1, --nonsense 1, extra, --data, --data /no/such, "
+    "--d_steps -1, --nonsense 1, extra, --data, --data /no/such, "
     "--curated /no/such, --grammar /no/such, --seed -1").split(", ")
 BAD_GRAMMARS = {
     "S -> 1 NP runs": "'NP' has no rule", "S -> 1 S a | 1 b": "begins with itself",
@@ -664,42 +655,37 @@ def test_odd_but_good_texts_are_read(kind, tmp_path):
         assert len(text.curated["train"]) in (72, 73)
         assert not {"\ufeff", "\r"} & {*"".join(text.symbols)}
 
-def test_a_run_is_not_overwritten_nor_resumed_with_another_configuration(finished, capsys):
-    before = (finished / "model.pt").read_bytes()
+def test_a_run_is_not_overwritten_nor_resumed_with_other_flags_or_texts(finished, capsys):
+    before = {file: file.read_bytes() for file in finished.iterdir()}
     argv = [*FAST, "--data", "mistakes", "--out", finished]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gan_lm, "TINY", FEW)
         assert "--resume" in complaint(argv, capsys)
-        assert "--seed" in complaint([*argv, "--resume", "--seed", "5"], capsys)
+        assert "seed" in complaint([*argv, "--resume", "--seed", "5"], capsys)
         patch.setattr(gan_lm, "tokens_of", lambda line, level: ["odd", *tokens_of(line, level)])
-        assert "texts" in complaint([*argv, "--resume"], capsys)
-    assert (finished / "model.pt").read_bytes() == before
-
-@pytest.mark.parametrize("keep", [slice(0), slice(4), slice(9999), slice(9999, None)])
-def test_a_damaged_checkpoint_is_refused(keep, finished, tmp_path, capsys):
-    content = (finished / "model.pt").read_bytes()[keep]
-    (tmp_path / "model.pt").write_bytes(content)
-    assert "model.pt" in complaint([*FILES, "--out", tmp_path, "--resume"], capsys)
-    assert "model.pt" in complaint(["--out", tmp_path, "--samples", "1"], capsys)
-    assert (tmp_path / "model.pt").read_bytes() == content
+        assert "or texts" in complaint([*argv, "--resume"], capsys)
+    assert before == {file: file.read_bytes() for file in finished.iterdir()}
 
 class Hostile:
     def __reduce__(self):
         return os.mkdir, (str(FEW / "hacked"),)
 
-def test_a_hostile_checkpoint_is_refused_and_not_run(tmp_path, capsys):
-    torch.save({"config": {}, "symbols": [], "models": Hostile()}, tmp_path / "model.pt")
-    assert "model.pt" in complaint([*FILES, "--out", tmp_path, "--resume"], capsys)
-    (tmp_path / "model.pt").write_bytes(pickle.dumps(Hostile()))
-    assert "model.pt" in complaint(["--out", tmp_path, "--samples", "1"], capsys)
-    assert not (FEW / "hacked").exists()
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:999], lambda content: content[999:],
+    lambda content: pickle.dumps(Hostile())])
+def test_a_damaged_or_hostile_model_is_refused_and_not_run(damage, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    content = damage((finished / "sft.pt").read_bytes())
+    (tmp_path / "out" / "sft.pt").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gan_lm, "TINY", FEW)
+        argv = [*FAST, "--data", "mistakes", "--out", tmp_path / "out", "--resume"]
+        assert "sft.pt" in complaint(argv, capsys)
+    assert (tmp_path / "out" / "sft.pt").read_bytes() == content and not (FEW / "hacked").exists()
 
-def test_too_many_words_an_unknown_one_and_an_out_that_is_a_file_are_named(finished, capsys):
+def test_too_many_words_are_named(capsys):
     (FEW / "large.txt").write_text("\n".join(map(str, range(20001))), encoding="utf-8")
     assert "--level char" in complaint(["--data", FEW / "large.txt"], capsys)
-    assert "zebra" in complaint(["--samples", "1", "--out", finished, "--prompt", "zebra"], capsys)
-    assert "large.txt" in complaint([*FILES, *FAST, "--out", FEW / "large.txt"], capsys)
-    assert (FEW / "large.txt").read_bytes()[:6] == b"0\n1\n2\n"
 
 # ---- the README
 README = (ROOT / "README.md").read_text(encoding="utf-8")

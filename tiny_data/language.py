@@ -39,14 +39,14 @@ class Grammar:
                       if s not in self.rules}
         self.first = {word: {word} for word in self.words}  # what an expansion can begin with
         self.first |= {symbol: {s[0] for _, s in rule} for symbol, rule in self.rules.items()}
-        ends = dict.fromkeys(self.words, 1.0)  # the probability that an expansion comes to an end
+        ends = {w: 1.0 - w[0].isupper() for w in self.words}  # P(an expansion comes to an end)
         for _ in range(500):
             for symbol, rule in self.rules.items():
                 self.first[symbol] |= set().union(*(self.first[s] for s in self.first[symbol]))
                 ends[symbol] = sum(w * math.prod(ends.get(x, 0.0) for x in s) for w, s in rule)
-        for symbol in self.rules:
-            if ends[symbol] < 0.99 or symbol in self.first[symbol]:
-                fail(f"{name}: {symbol!r} never ends, or begins with itself")
+        for symbol in [*self.words, *self.rules]:
+            if ends[symbol] < 0.99 or symbol in self.rules and symbol in self.first[symbol]:
+                fail(f"{name}: {symbol!r} has no rule, never ends, or begins with itself")
         self.siblings = defaultdict(list)  # word -> what a mistake puts in its place
         for group in (line[2:].split() for line in lines if line.startswith("#~")):
             classes = [[s[0] for _, s in self.rules.get(g, [(1, [g])])] for g in group]

@@ -7,8 +7,8 @@ cannot (`gan`).  The cheap rivals: a lower temperature, a cut of unlikely tokens
 time in more likelihood (`continued`), a choice among samples of `sft` by the same D (`reranked`).
 
 Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which finish a prefix many times to
-judge it, and the critic: our D judges every prefix.  Added: D reads what the model thought, and an
-anchor, the KL to the model that D was trained against.  With D frozen this is preference learning.
+judge it: our D judges every prefix.  Added: D reads what the model thought, and an anchor, the KL
+to the model that D was trained against.  With D frozen this is RLHF, D the reward model.
 
     python gan_lm.py                     # tiny_data/: a grammar knows the exact p of any sentence
     python gan_lm.py --data your.txt     # any text, one sequence a line: a fresh D is the judge
@@ -52,10 +52,10 @@ class Config:
     width: int = flag(64, "channels of the GPT, a multiple of 32: a head has 32", 32, 4096)
     context: int = flag(64, "longest sequence in tokens, the rest of a line is cut", 1, 4096)
     batch_size: int = flag(64, "sequences per step of likelihood, and of D", 2, 10**6)
-    pretrain_steps: int = flag(None, "likelihood steps on --data", 0, 10**9)
+    pretrain_steps: int = flag(None, "likelihood steps on --data; None: fitted to it", 0, 10**9)
     sft_steps: int = flag(None, "likelihood steps on --curated", 0, 10**9)
     lr: float = flag(4e-3, "peak learning rate of likelihood, a quarter on --curated", 0, 1)
-    rounds: int = flag(1, "turns of both networks; 0: no GAN", 0, 100)
+    rounds: int = flag(1, "turns of both networks; 0: no GAN, `gan` is `sft`", 0, 100)
     disc: str = flag("lm", "D is a language model, or SeqGAN's CNN", choices=["lm", "cnn"])
     d_steps: int = flag(None, "discriminator steps per round", 1, 10**9)
     g_steps: int = flag(None, "policy-gradient steps per round", 1, 10**9)
@@ -65,7 +65,7 @@ class Config:
     lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", 0, 1)
     temperatures: tuple = flag(None, "that are measured, first the plain one", 0.01, 100, nargs="+")
     min_ps: tuple = flag(None, "cuts of tokens below that share of the likeliest", 0, 1, nargs="+")
-    eval_samples: int = flag(4000, "samples per side of each figure", 10, 10**7)
+    eval_samples: int = flag(4000, "samples per side of each figure", 10, 10**6)
 
 
 def fail(message):
@@ -106,14 +106,14 @@ def tokens_of(line, level):
 
 
 class Data:
-    """Both texts as ids, dicts of train, val and test; true sentences, of a grammar with log p."""
+    """Both texts as ids, dicts of train, val and test; truth: sentences of the grammar, or test."""
     def __init__(self, cfg):
         self.cfg, self.grammar = cfg, None
         messy, curated, grammar = cfg.data, cfg.curated or cfg.data, cfg.grammar
         if cfg.data in ("mistakes", "noise", "clean"):
             messy = TINY / f"{cfg.data}.txt"
             curated, grammar = cfg.curated or TINY / "curated.txt", grammar or TINY / "grammar.txt"
-        texts = self.split(messy), self.split(curated)
+        texts = [self.split(path) for path in dict.fromkeys((messy, curated))]
         lines = [line for text in texts for part in text.values() for line in part]
         self.seen = {line for text in texts for line in text["train"]}
         self.words = {word for line in lines for word in line.split()}
@@ -126,14 +126,13 @@ class Data:
         self.symbols = ["", *sorted({t for line in lines for t in tokens_of(line, cfg.level)})]
         self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}  # END is 0
         if len(self.symbols) > 20000:
-            fail(f"--level {cfg.level}: over 20000 different tokens: try --level char or less text")
-        self.messy, self.curated = ({part: self.to_ids(lines) for part, lines in text.items()}
-                                    for text in texts)
-        self.truth = self.curated["test"]
+            fail(f"--level {cfg.level}: over 20000 different tokens; expected less text, or char")
+        ids = [{part: self.to_ids(lines) for part, lines in text.items()} for text in texts]
+        self.messy, self.curated = ids[0], ids[-1]
+        self.truth = self.to_ids(truth) if grammar else self.curated["test"]
         if grammar:
             if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
                 fail(f"--context {cfg.context}: true sentences are longer; expected more")
-            self.truth = self.to_ids(truth)
             self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
 
     def split(self, path):
@@ -160,7 +159,7 @@ class Data:
 
 
 def real_tokens(x):
-    """(B, T+1) ids -> (B, T) mask of the tokens that count: the text and its closing END.
+    """(B, T+1) ids -> (B, T) mask of the tokens that count: the text and its END, if not cut.
 
     x[:, :-1]        END  the  dog  runs  .    END  END    what the model reads
     x[:, 1:]         the  dog  runs  .    END  END  END    what it should say next
@@ -231,7 +230,7 @@ class GPT(nn.Module):
 
 def decoded(logits, temperature=1.0, min_p=0.0):
     """log q of every next token, (..., V) logits -> (..., V), at a temperature and after the cut of
-    min-p (Nguyen et al. 2024): what has less than min_p of the likeliest's gets none."""
+    min-p (Nguyen et al. 2024): tokens below min_p times the likeliest's probability get 0."""
     logp = (logits / temperature).log_softmax(-1)
     if min_p > 0:
         too_rare = logp < logp.amax(-1, keepdim=True) + math.log(min_p)
@@ -245,16 +244,16 @@ def token_logp(model, x, temperature=1.0, min_p=0.0):
     return logp.masked_fill(real_tokens(x) == 0, 0.0)
 
 
-def by_length(x, V):
+def by_length(x, size):
     """(N, T+1) ids -> lists of row numbers, each of rows of like length and not too many."""
-    return real_tokens(x).sum(1).argsort().split(max(1, min(128, AT_ONCE // (V * x.shape[1]))))
+    return real_tokens(x).sum(1).argsort().split(max(1, min(128, AT_ONCE // (size * x.shape[1]))))
 
 
 @torch.no_grad()
-def in_chunks(f, x, *hints, V=256, shape=()):
-    """f(x, *hints), (N, T+1) ids -> (N, T, *shape), in bounded memory; V: numbers a token makes."""
+def in_chunks(f, x, *hints, size=256, shape=()):
+    """f(x, *hints), (N, T+1) ids -> (N, T, *shape), few rows at a time; size: numbers a token."""
     out = torch.zeros(len(x), x.shape[1] - 1, *shape, device=x.device)
-    for rows in by_length(x, V):
+    for rows in by_length(x, size):
         part = trim(x[rows])
         T = part.shape[1] - 1
         out[rows, :T] = f(part, *(h[rows, :T] for h in hints)).float()
@@ -263,7 +262,7 @@ def in_chunks(f, x, *hints, V=256, shape=()):
 
 def sequence_logp(model, x, *decoding):
     """Exact log q(x) of whole sequences, (N, T+1) ids -> (N,); decoding: temperature, min_p."""
-    return in_chunks(lambda part: token_logp(model, part, *decoding), x, V=model.shape[0]).sum(1)
+    return in_chunks(lambda part: token_logp(model, part, *decoding), x, size=model.shape[0]).sum(1)
 
 
 @torch.no_grad()
@@ -296,7 +295,7 @@ def hints_of(ref, x):
         logq = ref(part[:, :-1]).log_softmax(-1)
         said = logq.gather(-1, part[:, 1:, None])[..., 0]
         return torch.stack([said, (logq.exp() * logq).sum(-1)], -1) * real_tokens(part)[..., None]
-    return in_chunks(both, x, V=ref.shape[0], shape=(2,))
+    return in_chunks(both, x, size=ref.shape[0], shape=(2,))
 
 
 class PrefixDiscriminator(nn.Module):
@@ -308,13 +307,12 @@ class PrefixDiscriminator(nn.Module):
         self.lm, self.hints, self.head = deepcopy(generator), nn.Linear(2, C), nn.Linear(C, 1)
 
     def forward(self, x, hints):
-        h = self.lm.embed(x)  # (B, T+1, C)
-        h = torch.cat([h[:, :1], h[:, 1:] + self.hints(hints / 3)], 1)  # /3: to be about 1
+        h = self.lm.embed(x) + F.pad(self.hints(hints / 3), (0, 0, 1, 0))  # /3: to be about 1
         return self.head(self.lm.trunk(h)[0])[:, 1:, 0]
 
 
 class CNNDiscriminator(nn.Module):
-    """Kim (2014), as in SeqGAN: one verdict on the sentence, at its last token, 0 before; blind."""
+    """Kim (2014), as in SeqGAN: one verdict, at the last token, 0 before; it ignores the hints."""
     def __init__(self, generator):
         super().__init__()
         V, _, _, C = generator.shape
@@ -340,7 +338,8 @@ def likelihood_loss(logp):
 
 def discriminator_loss(logits, is_real, mask):
     """-log D(real) - log(1 - D(fake)) of each prefix, D = sigmoid(logit) (Goodfellow et al. 2014,
-    eq. 1); at its optimum the logit is log p/q.  (B, T), (B,) bool, (B, T) -> scalar."""
+    eq. 1).  Half of what D reads is real, so the best D is p/(p+q) and its logit is log p/q.
+    (B, T), (B,) bool, (B, T) -> scalar."""
     loss = F.softplus(torch.where(is_real[:, None], -logits, logits))
     return (loss * mask).sum() / mask.sum()
 
@@ -348,16 +347,15 @@ def discriminator_loss(logits, is_real, mask):
 def token_rewards(logits, mask):
     """r_t = logit(x_1..t) - logit(x_1..t-1): by how much a token raised what D takes for log p/q,
     0 for the empty prefix.  (B, T) -> (B, T)."""
-    before = torch.cat([torch.zeros_like(logits[:, :1]), logits[:, :-1]], 1)
-    return (logits - before) * mask
+    return (logits - F.pad(logits[:, :-1], (1, 0))) * mask
 
 
 def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
     """A_t = sum_{k>=t} lam^(k-t) (r_k - kl_coef log q(x_k|x_<k)/q_ref(x_k|x_<k)) - baseline_t.
     With kl_coef 1 and lam 1 the expected sum is -KL(q || q_ref D/(1-D)), highest at q = q_ref
-    D/(1-D), which is p where D is optimal, as it is for any lam: less of lam is less noise.  The
-    baseline is the batch mean at each position.  No division by the deviation: with D at chance it
-    would blow noise up to full-size steps.  (B, T) each -> (B, T), data: without gradient."""
+    D/(1-D), which is p if D is optimal.  Then p is the optimum for any lam; less lam, less noise.
+    The baseline is the batch mean at each position.  No division by the deviation: with D at chance
+    it would blow noise up to full-size steps.  (B, T) each -> (B, T), data: without gradient."""
     A = (rewards - kl_coef * (logp - logp_ref)).detach() * mask
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
@@ -366,8 +364,8 @@ def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
 
 
 def policy_gradient_loss(logp, advantage):
-    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar.
-    Its gradient is, on average, that of minus the expected return; its value is no score."""
+    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar.  As grad E_q[R] is
+    E_q[R grad log q], its gradient is that of minus the expected return; its value is no score."""
     return -(advantage * logp).sum(1).mean()
 
 
@@ -402,7 +400,7 @@ def train_likelihood(model, text, steps, lr, cfg):
     """MLE on text["train"], stopped early on text["val"]."""
     def loss(rows):
         logp = token_logp(model, trim(text["train"][rows]))
-        return likelihood_loss(logp) / 10  # so that clipping at 1 is rare
+        return likelihood_loss(logp) / 10  # so that clipping at 1 is rare; Adam ignores the scale
 
     def held_out():
         return {"val_nll": -sequence_logp(model, text["val"]).mean().item()}
@@ -431,7 +429,7 @@ def train_discriminator(disc, ref, real, fake, steps, cfg):
     """The same loop, another loss: tell real from fake sentences, stopped early on held-out ones.
     `real`, `fake`: dicts of train and val ids; `ref`: the generator whose hints D reads."""
     turn = torch.arange(max(len(real["train"]), len(fake["train"])))  # the smaller is repeated
-    # Mixed before they are sorted by length: batches of long reals or short fakes teach lengths.
+    # Joined before batches() sorts by length: a batch then has reals and fakes of like length.
     x = torch.cat([text["train"][turn % len(text["train"])] for text in (real, fake)])
     is_real = torch.arange(len(x), device=cfg.device) < len(turn)
     hints = hints_of(ref, x)
@@ -464,8 +462,8 @@ def train_generator(model, ref, disc, cfg):
         x, logp = sample(model, cfg.g_samples)  # 1 the model writes
         mask = real_tokens(x)
         hints = hints_of(ref, x)  # 2 the reference reads it, then the discriminator
-        rewards = token_rewards(in_chunks(disc, x, hints), mask)  # 3 token by token
-        A = advantages(rewards, logp, hints[..., 0], mask, cfg.kl_coef, cfg.lam)  # 4 a lucky token?
+        rewards = token_rewards(in_chunks(disc, x, hints), mask)  # 3 what D makes of each token
+        A = advantages(rewards, logp, hints[..., 0], mask, cfg.kl_coef, cfg.lam)  # 4 than usual?
         for rows in by_length(x, ref.shape[0]):  # 5 make better tokens more likely
             part = trim(x[rows])
             new_logp = token_logp(model, part)  # logp again, now with a gradient
@@ -473,14 +471,14 @@ def train_generator(model, ref, disc, cfg):
             (loss / 10 * len(rows) / len(x)).backward()  # / 10 as in train_likelihood()
         stats.append(torch.stack([rewards, logp - hints[..., 0], -logp, mask]).sum(2).mean(1))
         update(model, adam, step, cfg.g_steps, cfg.gan_lr * 64 / cfg.width)  # 6 a step
-    ends = [torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])]  # of ten steps
+    ends = [torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])]  # first, last
     return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), torch.stack(ends, 1).tolist()))
 
 
 def why_undone(before, after, data, old, new):
     """Why a round is not kept, or "".  A GAN is for being told apart less: the next D must find
     less on held-out text than the old one did, and likelihood and variety must not collapse."""
-    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # the best of 16 looks
+    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # + 0.001: it is the least of 17
         return "the discriminator was at chance"
     torch.manual_seed(0)  # the same decision after --resume
     nll, nll_before = (-sequence_logp(m, data.curated["val"]).mean() for m in (after, before))
@@ -508,10 +506,10 @@ def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
 
 def measure(model, decoding, data, cfg, disc=None):
     """A row of the report for `model` at (temperature, min_p), and its samples as lines.  With
-    `disc` they are re-ranked: of twice as many, some are drawn by the weight w = D/(1-D); JS and KL
-    are those of a large pool, q w / Z (Deng et al. 2020), Z the mean of w in the pool."""
+    `disc` they are re-ranked: of four times as many some are drawn by the weight w = D/(1-D).  JS
+    and KL are those of a large pool: q w / Z (Deng et al. 2020), Z the mean of w."""
     n = cfg.eval_samples
-    x, logq = sample(model, 2 * n if disc else n, *decoding)
+    x, logq = sample(model, 4 * n if disc else n, *decoding)
     logq, logq_real = logq.sum(1), sequence_logp(model, data.truth, *decoding)
     drawn, weight = torch.arange(n), torch.ones(n)
     if disc:
@@ -540,7 +538,7 @@ def fresh_judge(model, x, data, cfg):
     n = len(x) // 4
     fake, judge = {"train": x[2 * n:].short(), "val": x[n:2 * n]}, PrefixDiscriminator(model)
     real = {**data.curated, "train": data.curated["train"][:4 * n]}
-    train_discriminator(judge, model, real, fake, cfg.d_steps // 2, cfg)
+    train_discriminator(judge.to(cfg.device), model, real, fake, min(500, cfg.d_steps), cfg)
     sides = data.curated["test"], x[:n]
     accuracy = judged(*(verdict(judge, side, hints_of(model, side)) for side in sides))["d_acc"]
     error = math.sqrt(sum(1 / len(side) for side in sides)) / 4
@@ -551,13 +549,13 @@ def show_report(rows):
     """One line an arm, and the answer: does `gan` beat the best arm that is likelihood alone?"""
     y, more = ("js", ["kl", "valid"]) if "js" in rows[0] else ("judge_acc", ["nll", "words"])
     columns = "temperature", "min_p", y, y + "_se", *more, "novel", "unique"
-    print(f"\n{'':15}plain | best decoding\n{'':10}", *(f"{c:>11}" for c in (y, *columns)))
+    print(f"\n{'':15}plain | best decoding\n{'':10}", *(f"{c:>12}" for c in (y, *columns)))
     best = {}
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         best[name] = min(mine, key=lambda row: row[y])
         cells = mine[0][y], *(best[name][c] for c in columns)
-        print(f"{name:10}", *(f"{cell:11.3f}" for cell in cells))
+        print(f"{name:10}", *(f"{cell:12.3f}" for cell in cells))
     gan = best["gan"]
     other = min((best["mle"], best["sft"], best["continued"]), key=lambda row: row[y])
     gain, error = other[y] - gan[y], math.hypot(gan[y + "_se"], other[y + "_se"])
@@ -578,7 +576,7 @@ def write(path, save):
 
 
 def begin_or_resume(cfg, symbols):
-    """Take the folder --out, or go on in it if the run there has the same flags and texts."""
+    """Take the folder --out, or go on in it if the run there has the same flags and vocabulary."""
     file = Path(cfg.out, "config.json")
     free = {"out": "", "resume": "", "device": "", "symbols": symbols}
     told = json.dumps(asdict(cfg) | free, indent=0)
@@ -586,7 +584,7 @@ def begin_or_resume(cfg, symbols):
         if not cfg.resume:
             fail(f"--out {cfg.out}: there is a run already; expected --resume, or another folder")
         for line in sorted({*told.split("\n")} - {*file.read_text(errors="replace").split("\n")}):
-            fail(f"--out {cfg.out}: the run there was begun with other flags or texts than {line}")
+            fail(f"--out {cfg.out}: the run there had other flags or texts than {line.strip(',')}")
     file.parent.mkdir(parents=True, exist_ok=True)
     write(file, lambda new: new.write_text(told))
 
@@ -594,7 +592,8 @@ def begin_or_resume(cfg, symbols):
 def sized_to_text(cfg, data):
     """Choose what was not given: three minutes of the known language, ten of another text."""
     tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
-    scale = 1 if data.grammar else min(3, 2e6 / (tokens * (1e5 + 64 * len(data.symbols))))
+    cost = tokens * (12 * cfg.layers * cfg.width**2 + cfg.width * len(data.symbols))
+    scale = 1 if data.grammar else min(3, 2e6 / cost)
     chosen = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 1000, "g_steps": 150}
     chosen = {name: max(10, round(scale * steps)) for name, steps in chosen.items()}
     chosen["temperatures"] = [1.0, 0.9] if data.grammar else [1.0]
@@ -611,14 +610,14 @@ def report(arms, records, data, cfg):
     torch.manual_seed(cfg.seed)
     grid = [(temperature, min_p) for temperature in cfg.temperatures for min_p in cfg.min_ps]
     for name, (model, *disc) in arms.items():
-        print(f"\n{name} says (+ is in the training text, * is what the grammar cannot say):")
+        print(f"\n{name} says (+ is in the training text, * is wrong by the grammar, if any):")
         for decoding in tqdm(grid, name, disable=None):
             row, lines = measure(model, decoding, data, cfg, *disc)
             rows.append({"name": name, **row})
             tag = "" if decoding == grid[0] else "_{:g}_{:g}".format(*decoding)
             write(out / f"samples_{name}{tag}.txt",
                   lambda new: new.write_text("\n".join([*lines, ""]), encoding="utf-8"))
-            for line in () if tag else lines[:8]:
+            for line in [] if tag else lines[:8]:
                 wrong = data.grammar and data.grammar.logp(line) == -math.inf
                 print("  ", "+" if line in data.seen else "*" if wrong else " ", line)
     show_report(rows)
@@ -643,8 +642,9 @@ def main(argv=None):
             print(f"\n{name}", flush=True)
             torch.manual_seed(1000 * cfg.seed + sum(name.encode()))  # each phase has its own
             start = time.time()
-            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
-                record = train(model, *how, cfg)  # what is measured later is in 32 bits
+            half = cfg.device == "cuda" and train != train_generator  # rewards need 32 bits
+            with torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
+                record = train(model, *how, cfg)
             record["seconds"] = time.time() - start
             print("  " + "\n  ".join(f"{k:10} {np.round(v, 3)}" for k, v in record.items()))
             write(file, lambda new: torch.save([record, model.state_dict()], new))
@@ -678,11 +678,11 @@ def main(argv=None):
             break
         gan = new
 
-    # 3 the control: the GAN's time in more likelihood.  A step of D takes that of two batches, for
-    # its sentences are also written and hinted at; so does a sample: written, read twice, learned.
-    work = cfg.d_steps * (2 + cfg.rounds)
-    work += cfg.rounds * cfg.g_steps * cfg.g_samples // cfg.batch_size
-    more = phase("more", deepcopy(mle), train_likelihood, data.messy, 2 * work, cfg.lr)
+    # 3 the control: the GAN's time in more likelihood.  A batch of D takes that of two, or of three
+    # where lines are long: its sentences are also written and hinted at.  So does one of samples.
+    written = cfg.rounds * cfg.g_steps * cfg.g_samples // cfg.batch_size
+    work = (2 if data.grammar else 3) * (cfg.d_steps * (2 + cfg.rounds) + written)
+    more = phase("more", deepcopy(mle), train_likelihood, data.messy, work, cfg.lr)
     continued = phase("continued", deepcopy(more), train_likelihood, *fine_tuning)
 
     report({"mle": [mle], "sft": [sft], "continued": [continued], "gan": [gan],
@@ -695,6 +695,6 @@ if __name__ == "__main__":
     except OSError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail("the GPU is full: lower --batch_size, --g_samples, --context or --width")
+        fail("the GPU is full: lower --batch_size, --context, --width or --layers")
     except KeyboardInterrupt:
         sys.exit("stopped: finished phases are saved, --resume goes on from there")

@@ -258,7 +258,7 @@ def test_memory_is_bounded_however_long_the_context_and_large_the_vocabulary(mon
         model.blocks[0].register_forward_hook(
             lambda block, given, out: asked.append(2 * out[1][0].numel() * bool(given[1])))
         sequence_logp(model, x)
-        gan_lm.in_chunks(lambda part: asked.append(part.numel() * V) or part[:, 1:], x, V=V)
+        gan_lm.in_chunks(lambda part: asked.append(part.numel() * V) or part[:, 1:], x, size=V)
         assert len(sample(model, 100)[0]) == 100 and max(asked) <= 2**16 and len(asked) > 20
 
 # ---- 4 discriminators
@@ -558,7 +558,7 @@ def test_ctrl_c_says_how_to_go_on_and_full_memory_what_to_lower(tmp_path):
     shutil.copy(ROOT / "gan_lm.py", tmp_path)
     for error, status, hint in (
             ("KeyboardInterrupt", 1, "--resume goes on"), ("OSError", 2, "error"),
-            ("torch.OutOfMemoryError", 2, "--context or --width")):
+            ("torch.OutOfMemoryError", 2, "--batch_size")):
         (tmp_path / "sitecustomize.py").write_text(f"import tqdm\ndef stop(*args, **how):\n"
                                                    f"    import torch\n    raise {error}\n"
                                                    "tqdm.tqdm = stop\n", encoding="utf-8")

@@ -68,7 +68,7 @@ class Grammar:
 
     def logp(self, sentence):
         """Exact log p in nats, summed over all parses; -inf for what the grammar cannot say."""
-        words = sentence.split()
+        words = sentence.split(" ")
         @lru_cache(None)
         def ends(symbol, i):  # {j: probability that the symbol expands to words[i:j]}
             if symbol in self.words:

@@ -685,7 +685,7 @@ def test_a_damaged_or_hostile_model_is_refused_and_not_run(damage, finished, tmp
 
 def test_too_many_words_are_named(capsys):
     (FEW / "large.txt").write_text("\n".join(map(str, range(20001))), encoding="utf-8")
-    assert "--level char" in complaint(["--data", FEW / "large.txt"], capsys)
+    assert "--level word" in complaint(["--data", FEW / "large.txt"], capsys)
 
 # ---- the README
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -593,7 +593,7 @@ def sized_to_text(cfg, data):
     """Choose what was not given: three minutes of the known language, ten of another text."""
     tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
     cost = tokens * (12 * cfg.layers * cfg.width**2 + cfg.width * len(data.symbols))
-    scale = 1 if data.grammar else min(3, 2e6 / cost)
+    scale = 1 if data.grammar else min(3, 1.5e6 / cost)
     chosen = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 1000, "g_steps": 150}
     chosen = {name: max(10, round(scale * steps)) for name, steps in chosen.items()}
     chosen["temperatures"] = [1.0, 0.9] if data.grammar else [1.0]

@@ -564,7 +564,7 @@ def show_report(rows):
         error = math.sqrt(sum(part.var() / len(part) for part in parts)) / 2
     says = "wins" if gain > max(0.002, 2 * error) else "does NOT win"
     print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}, difference {gain:.3f} +- "
-          f"{error:.3f} (standard error): the GAN phase {says}.")
+          f"{error:.3f} (standard error; under {2 * error:.3f} is luck): the GAN phase {says}.")
 
 
 # ---- 8 the run -----------------------------------------------------------------------------------

@@ -699,6 +699,14 @@ def test_every_command_of_the_readme_runs(command, finished, tmp_path, monkeypat
             for a in shlex.split(command)]
     run(*argv, "--out", finished if {"--samples", "--resume"} & {*argv} else tmp_path / "out")
 
+@pytest.mark.parametrize("recipe", re.findall(r"^```python\n(.*?)^```", README, re.M | re.S))
+def test_every_recipe_of_the_readme_runs(recipe, finished, tmp_path, monkeypatch):
+    if "matplotlib" in recipe:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "out")
+    exec(recipe, {})
+
 def test_every_function_that_the_readme_names_exists():
     assert {*re.findall(r"`(\w+)\(\)`", README)} <= {*dir(gan_lm), *dir(language), *globals()}
 

@@ -30,8 +30,7 @@ class Grammar:
                         or not all(0 < w < math.inf and s for w, s in rule)):
                     fail(f"{name}, line {number}: {line[:40]!r}: expected 'symbol -> weight words "
                          "| weight words', weights above 0, one rule for a symbol")
-                total = sum(w for w, _ in rule)
-                self.rules[symbol] = [(w / total, symbols) for w, symbols in rule]
+                self.rules[symbol] = [(w / sum(v for v, _ in rule), s) for w, s in rule]
         if not self.rules:
             fail(f"{name}: no rule in it; expected lines such as 'S -> 3 dogs VP | 1 cats VP'")
         self.start = next(iter(self.rules))
@@ -47,6 +46,8 @@ class Grammar:
         for symbol in [*self.words, *self.rules]:
             if ends[symbol] < 0.99 or symbol in self.rules and symbol in self.first[symbol]:
                 fail(f"{name}: {symbol!r} has no rule, never ends, or begins with itself")
+        self.begun = {symbol: {x: [(w, s) for w, s in rule if x in self.first[s[0]]]
+                               for x in self.first[symbol]} for symbol, rule in self.rules.items()}
         self.siblings = defaultdict(list)  # word -> what a mistake puts in its place
         for group in (line[2:].split() for line in lines if line.startswith("#~")):
             classes = [[s[0] for _, s in self.rules.get(g, [(1, [g])])] for g in group]
@@ -66,26 +67,26 @@ class Grammar:
                 stack += reversed(rng.choices(alternatives, weights)[0])
         return " ".join(words)
 
+    @lru_cache(None)  # samples repeat
     def logp(self, sentence):
         """Exact log p in nats, summed over all parses; -inf for what the grammar cannot say."""
-        words = sentence.split(" ")
+        words = [*sentence.split(" "), ""]
         @lru_cache(None)
         def ends(symbol, i):  # {j: probability that the symbol expands to words[i:j]}
             if symbol in self.words:
-                return {i + 1: 1.0}
+                return {i + 1: 1.0} if symbol == words[i] else {}
             total = {}
-            for probability, symbols in self.rules[symbol]:
+            for probability, symbols in self.begun[symbol].get(words[i], []):
                 reached = {i: probability}
                 for s in symbols:
                     before, reached = reached, {}
                     for j, so_far in before.items():
-                        if j < len(words) and words[j] in self.first[s]:
-                            for k, inner in ends(s, j).items():
-                                reached[k] = reached.get(k, 0.0) + so_far * inner
+                        for k, inner in ends(s, j).items():
+                            reached[k] = reached.get(k, 0.0) + so_far * inner
                 for j, found in reached.items():
                     total[j] = total.get(j, 0.0) + found
             return total
-        p = ends(self.start, 0).get(len(words), 0.0)  # of no words it is 0
+        p = ends(self.start, 0).get(len(words) - 1, 0.0)
         return math.log(p) if p else -math.inf
 
     def with_error(self, line, kind, rng):
@@ -96,8 +97,7 @@ class Grammar:
             if kind == "mistakes":
                 words[i] = rng.choice(self.siblings[words[i]] or [words[i]])
             else:
-                other = rng.choice(sorted(self.words))
-                error = rng.randrange(4)
+                other, error = rng.choice(sorted(self.words)), rng.randrange(4)
                 words[i:i + (2 if error == 0 else 1)] = [
                     words[i:i + 2][::-1], [], [words[i]] * 2, [other]][error]
             if words and self.logp(" ".join(words)) == -math.inf:

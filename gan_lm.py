@@ -504,7 +504,7 @@ def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
             "terms": (js_p, js_q)}
 
 
-def measure(model, decoding, data, cfg, disc=None):
+def measure(model, first, decoding, data, cfg, disc=None):
     """A row of the report for `model` at (temperature, min_p), and its samples as lines.  With
     `disc` they are re-ranked: of four times as many some are drawn by the weight w = D/(1-D).  JS
     and KL are those of a large pool: q w / Z (Deng et al. 2020), Z the mean of w."""
@@ -529,14 +529,14 @@ def measure(model, decoding, data, cfg, disc=None):
     else:
         known = [word in data.words for line in kept for word in line.split()]
         row |= {"words": np.mean(known or [0.0]), "nll": -logq_real.mean().item(),
-                **fresh_judge(model, x[drawn.to(x.device)], data, cfg)}
+                **fresh_judge(model, first, x[drawn.to(x.device)], data, cfg)}
     return row, kept
 
 
-def fresh_judge(model, x, data, cfg):
-    """The accuracy, 0.5: fooled, of a D trained anew on real and fake lines, on unseen ones."""
+def fresh_judge(model, first, x, data, cfg):
+    """The accuracy of a D trained anew, 0.5: fooled; for all arms a copy of `first`, to be fair."""
     n = len(x) // 4
-    fake, judge = {"train": x[2 * n:].short(), "val": x[n:2 * n]}, PrefixDiscriminator(model)
+    fake, judge = {"train": x[2 * n:].short(), "val": x[n:2 * n]}, PrefixDiscriminator(first)
     real = {**data.curated, "train": data.curated["train"][:4 * n]}
     train_discriminator(judge.to(cfg.device), model, real, fake, min(500, cfg.d_steps), cfg)
     sides = data.curated["test"], x[:n]
@@ -612,7 +612,7 @@ def report(arms, records, data, cfg):
     for name, (model, *disc) in arms.items():
         print(f"\n{name} says (+ is in the training text, * is wrong by the grammar, if any):")
         for decoding in tqdm(grid, name, disable=None):
-            row, lines = measure(model, decoding, data, cfg, *disc)
+            row, lines = measure(model, arms["mle"][0], decoding, data, cfg, *disc)
             rows.append({"name": name, **row})
             tag = "" if decoding == grid[0] else "_{:g}_{:g}".format(*decoding)
             write(out / f"samples_{name}{tag}.txt",

@@ -398,7 +398,7 @@ def test_the_adversarial_phase_lowers_js(toy):
     found = teach(disc, ref, toy_data, 300, cfg)
     assert found["d_loss"] < math.log(2) - 9 * found["d_loss_se"] and found["d_acc"] > 0.65
     train_generator(model, ref, disc, replace(cfg, g_steps=40, g_samples=256))
-    before, after = (measure(m, (1.0, 0.0), toy_data, cfg)[0] for m in (ref, model))
+    before, after = (measure(m, ref, (1.0, 0.0), toy_data, cfg)[0] for m in (ref, model))
     assert after["js"] < before["js"] / 2 and after["valid"] > before["valid"] + 0.2
 
 def test_a_round_is_undone_for_a_worse_verdict_a_lost_likelihood_or_repetition(toy, monkeypatch):
@@ -457,7 +457,8 @@ def test_re_ranking_is_measured_as_the_exact_density_q_d_over_1_minus_d_by_z(dec
         to_lines=lambda ids: [str(row[1:]) for row in ids.tolist()],
         grammar=SimpleNamespace(logp=lambda line: np.log(p)[place[line]]))
     torch.manual_seed(0)
-    row = measure(model, decoding, known, Config(device="cpu", eval_samples=20000), disc)[0]
+    cfg = Config(device="cpu", eval_samples=20000)
+    row = measure(model, model, decoding, known, cfg, disc)[0]
     density = sequence_logp(model, x, *decoding).exp().double().numpy() * np.exp(logit)
     expected = exact(p, density / density.sum())
     assert abs(row["js"] - expected["js"]) < 4 * row["js_se"] < 0.05
@@ -468,15 +469,16 @@ def test_re_ranking_by_the_true_ratio_gives_nearly_the_true_language(toy):
         logp = torch.tensor([toy_data.grammar.logp(s) for s in toy_data.to_lines(x)]).clamp(min=-50)
         return (logp - sequence_logp(model, x)).float()[:, None].expand(-1, x.shape[1] - 1)
     torch.manual_seed(0)
-    plain, better = (measure(model, (1.0, 0.0), toy_data, cfg, disc)[0] for disc in (None, optimal))
+    plain, better = (measure(model, model, (1.0, 0.0), toy_data, cfg, disc)[0]
+                     for disc in (None, optimal))
     assert plain["js"] > 0.1 > 0.02 > better["js"] and plain["valid"] < 0.8 < better["valid"]
 
 def test_a_judge_finds_a_difference_and_counts_as_chance_below_one_half(data, monkeypatch):
     torch.manual_seed(0)
     model, cfg = GPT(len(data.symbols), 24, 1, 32), replace(data.cfg, d_steps=60, gan_lr=0.02)
-    assert fresh_judge(model, sample(model, 100)[0], data, cfg)["judge_acc"] > 0.8
+    assert fresh_judge(model, model, sample(model, 100)[0], data, cfg)["judge_acc"] > 0.8
     monkeypatch.setattr(gan_lm, "judged", lambda real, fake: {"d_loss": 0.8, "d_acc": 0.3})
-    assert fresh_judge(model, sample(model, 100)[0], data, cfg)["judge_acc"] == 0.5
+    assert fresh_judge(model, model, sample(model, 100)[0], data, cfg)["judge_acc"] == 0.5
 
 def answer(capsys, gan, other, y, se=0.0, shared=0.0):
     """What show_report() says of these scores; se: the error of each, shared: of both alike."""

@@ -119,10 +119,13 @@ class Data:
         self.words = {word for line in lines for word in line.split()}
         if grammar:
             from tiny_data.language import Grammar  # the only use of that folder's code
-            self.grammar = Grammar(read(grammar), grammar)
+            self.grammar = Grammar(read(grammar), grammar, known=self.words)
+            lines += self.grammar.words
             rng = random.Random(cfg.seed + 10**6)
             truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
-            lines += self.grammar.words
+            if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
+                fail(f"--context {cfg.context}: true sentences are longer; expected more")
+            self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
         self.symbols = ["", *sorted({t for line in lines for t in tokens_of(line, cfg.level)})]
         self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}  # END is 0
         if len(self.symbols) > 20000:
@@ -130,10 +133,6 @@ class Data:
         ids = [{part: self.to_ids(lines) for part, lines in text.items()} for text in texts]
         self.messy, self.curated = ids[0], ids[-1]
         self.truth = self.to_ids(truth) if grammar else self.curated["test"]
-        if grammar:
-            if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
-                fail(f"--context {cfg.context}: true sentences are longer; expected more")
-            self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
 
     def split(self, path):
         """A held-out line may stand in train as well, as often as the language repeats itself."""
@@ -462,14 +461,15 @@ def train_generator(model, ref, disc, cfg):
         x, logp = sample(model, cfg.g_samples)  # 1 the model writes
         mask = real_tokens(x)
         hints = hints_of(ref, x)  # 2 the reference reads it, then the discriminator
+        logp_ref = hints[..., 0]
         rewards = token_rewards(in_chunks(disc, x, hints), mask)  # 3 what D makes of each token
-        A = advantages(rewards, logp, hints[..., 0], mask, cfg.kl_coef, cfg.lam)  # 4 than usual?
+        A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)  # 4 better than usual?
         for rows in by_length(x, ref.shape[0]):  # 5 make better tokens more likely
             part = trim(x[rows])
             new_logp = token_logp(model, part)  # logp again, now with a gradient
             loss = policy_gradient_loss(new_logp, A[rows, :part.shape[1] - 1])
             (loss / 10 * len(rows) / len(x)).backward()  # / 10 as in train_likelihood()
-        stats.append(torch.stack([rewards, logp - hints[..., 0], -logp, mask]).sum(2).mean(1))
+        stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
         update(model, adam, step, cfg.g_steps, cfg.gan_lr * 64 / cfg.width)  # 6 a step
     ends = [torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])]  # first, last
     return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), torch.stack(ends, 1).tolist()))

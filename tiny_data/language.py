@@ -16,7 +16,7 @@ def fail(message):
 class Grammar:
     """A weighted context-free grammar, as in grammar.txt.  Weights are normalised within a rule;
     `#~ runs run` names words, or classes of like order, as siblings: what mistakes confuse."""
-    def __init__(self, text, name="grammar"):
+    def __init__(self, text, name="grammar", known=()):
         self.rules = {}  # symbol -> [(probability, [symbol, ...]), ...]
         lines = text.strip("\ufeff").split("\n")
         for number, line in enumerate(lines, 1):
@@ -38,7 +38,7 @@ class Grammar:
                       if s not in self.rules}
         self.first = {word: {word} for word in self.words}  # what an expansion can begin with
         self.first |= {symbol: {s[0] for _, s in rule} for symbol, rule in self.rules.items()}
-        ends = {w: 1.0 - w[0].isupper() for w in self.words}  # P(an expansion comes to an end)
+        ends = {w: float(w in known or not w[0].isupper()) for w in self.words}  # P(it ends)
         for _ in range(500):
             for symbol, rule in self.rules.items():
                 self.first[symbol] |= set().union(*(self.first[s] for s in self.first[symbol]))

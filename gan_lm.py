@@ -62,7 +62,7 @@ class Config:
     g_samples: int = flag(1024, "samples of the model per policy-gradient step", 2, 10**6)
     gan_lr: float = flag(3e-3, "peak learning rate of both, times 64 / width", 0, 1)
     kl_coef: float = flag(1.0, "weight of the anchor; 1 makes the truth the optimum", 0, 1000)
-    lam: float = flag(0.8, "a token's share of the reward k tokens later is lam^k", 0, 1)
+    lam: float = flag(0.5, "a token's share of the reward k tokens later is lam^k", 0, 1)
     temperatures: tuple = flag(None, "that are measured, first the plain one", 0.01, 100, nargs="+")
     min_ps: tuple = flag(None, "cuts of tokens below that share of the likeliest", 0, 1, nargs="+")
     eval_samples: int = flag(4000, "samples per side of each figure", 10, 10**6)
@@ -288,12 +288,13 @@ def sample(model, n, temperature=1.0, min_p=0.0):
 
 # ---- 4 discriminators: (B, T+1) ids, (B, T, 2) hints -> (B, T) logits, one for each x_1..x_t -----
 def hints_of(ref, x):
-    """What the frozen generator q_ref thought of each token: log q_ref(x_t | x_<t), and minus the
-    entropy of that step.  (N, T+1) ids -> (N, T, 2).  Constants of a text: computed once."""
+    """What the frozen generator thought: (N, T+1) ids -> (N, T, 2), log q_ref(x_t | x_<t) less its
+    mean, and that mean, minus the entropy.  With plain log q_ref D starts late or never."""
     def both(part):
         logq = ref(part[:, :-1]).log_softmax(-1)
-        said = logq.gather(-1, part[:, 1:, None])[..., 0]
-        return torch.stack([said, (logq.exp() * logq).sum(-1)], -1) * real_tokens(part)[..., None]
+        mean = (logq.exp() * logq).sum(-1)
+        above = logq.gather(-1, part[:, 1:, None])[..., 0] - mean
+        return torch.stack([above, mean], -1) * real_tokens(part)[..., None]
     return in_chunks(both, x, size=ref.shape[0], shape=(2,))
 
 
@@ -461,7 +462,7 @@ def train_generator(model, ref, disc, cfg):
         x, logp = sample(model, cfg.g_samples)  # 1 the model writes
         mask = real_tokens(x)
         hints = hints_of(ref, x)  # 2 the reference reads it, then the discriminator
-        logp_ref = hints[..., 0]
+        logp_ref = hints.sum(-1)
         rewards = token_rewards(in_chunks(disc, x, hints), mask)  # 3 what D makes of each token
         A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)  # 4 better than usual?
         for rows in by_length(x, ref.shape[0]):  # 5 make better tokens more likely
@@ -594,7 +595,7 @@ def sized_to_text(cfg, data):
     tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
     cost = tokens * (12 * cfg.layers * cfg.width**2 + cfg.width * len(data.symbols))
     scale = 1 if data.grammar else min(3, 1.5e6 / cost)
-    chosen = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 1000, "g_steps": 150}
+    chosen = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 800, "g_steps": 160}
     chosen = {name: max(10, round(scale * steps)) for name, steps in chosen.items()}
     chosen["temperatures"] = [1.0, 0.9] if data.grammar else [1.0]
     chosen["min_ps"] = [0.0, 0.003, 0.01] if data.grammar else [0.0, 0.05]
@@ -659,8 +660,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     gpt = GPT(len(data.symbols), cfg.context, cfg.layers, cfg.width).to(cfg.device)
     mle = phase("mle", gpt, train_likelihood, data.messy, cfg.pretrain_steps, cfg.lr)
-    fine_tuning = data.curated, cfg.sft_steps, cfg.lr / 4
-    sft = phase("sft", deepcopy(mle), train_likelihood, *fine_tuning)
+    sft = phase("sft", deepcopy(mle), train_likelihood, data.curated, cfg.sft_steps, cfg.lr / 4)
 
     # 2 the GAN: D warms up on the easier samples of mle, then both take turns
     torch.manual_seed(cfg.seed)
@@ -678,12 +678,12 @@ def main(argv=None):
             break
         gan = new
 
-    # 3 the control: the GAN's time in more likelihood.  A batch of D takes that of two, or of three
-    # where lines are long: its sentences are also written and hinted at.  So does one of samples.
+    # 3 the control: the GAN's time in more likelihood, two batches for one of D or of samples, or
+    # three where lines are long: those are also written and hinted at.  Its rate: to do well.
     written = cfg.rounds * cfg.g_steps * cfg.g_samples // cfg.batch_size
-    work = (2 if data.grammar else 3) * (cfg.d_steps * (2 + cfg.rounds) + written)
-    more = phase("more", deepcopy(mle), train_likelihood, data.messy, work, cfg.lr)
-    continued = phase("continued", deepcopy(more), train_likelihood, *fine_tuning)
+    work = (2 if data.grammar else 3) * (cfg.d_steps * (2 + cfg.rounds) + written) + cfg.sft_steps
+    rate = cfg.lr if data.curated is data.messy else cfg.lr / 16
+    continued = phase("continued", deepcopy(mle), train_likelihood, data.curated, work, rate)
 
     report({"mle": [mle], "sft": [sft], "continued": [continued], "gan": [gan],
             "reranked": [sft, disc1]}, records, data, cfg)

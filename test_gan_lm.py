@@ -278,7 +278,7 @@ def test_the_discriminator_starts_as_the_generator_and_reads_what_it_thought():
     ref, x = tiny_gpt(), rows([1, 2, 3])
     disc, hints, p = PrefixDiscriminator(ref), hints_of(ref, x), ref(x[:, :-1]).softmax(-1)
     minus_entropy = (p * p.log()).sum(-1) * real_tokens(x)
-    expected = torch.stack([token_logp(ref, x), minus_entropy], -1)
+    expected = torch.stack([token_logp(ref, x) - minus_entropy, minus_entropy], -1)
     assert torch.equal(disc.lm(x), ref(x)) and torch.allclose(hints, expected, atol=1e-4)
     assert not torch.allclose(disc(x, hints), disc(x, 0 * hints), atol=1e-3)
 

@@ -678,8 +678,8 @@ def main(argv=None):
             break
         gan = new
 
-    # 3 the control: the GAN's time in more likelihood, two batches for one of D or of samples, or
-    # three where lines are long: those are also written and hinted at.  Its rate: to do well.
+    # 3 the control: the GAN's time in more likelihood, two batches for one that D reads or a model
+    # writes, three where lines are long.  On a small curated text a low rate makes the most of it.
     written = cfg.rounds * cfg.g_steps * cfg.g_samples // cfg.batch_size
     work = (2 if data.grammar else 3) * (cfg.d_steps * (2 + cfg.rounds) + written) + cfg.sft_steps
     rate = cfg.lr if data.curated is data.messy else cfg.lr / 16

@@ -15,7 +15,7 @@ to the model that D was trained against.  With D frozen this is RLHF, D the rewa
 
 Shapes: B batch, T time, C channels, V vocabulary.  p is the truth, q the model.
 """
-import argparse, json, math, random, re, sys, time  # noqa: E401
+import argparse, json, math, random, re, sys, time, zlib  # noqa: E401
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -54,7 +54,7 @@ class Config:
     batch_size: int = flag(64, "sequences per step of likelihood, and of D", 2, 10**6)
     pretrain_steps: int = flag(None, "likelihood steps on --data; None: fitted to it", 0, 10**9)
     sft_steps: int = flag(None, "likelihood steps on --curated", 0, 10**9)
-    lr: float = flag(4e-3, "peak learning rate of likelihood, a quarter on --curated", 0, 1)
+    lr: float = flag(4e-3, "peak learning rate of likelihood, less on --curated", 0, 1)
     rounds: int = flag(1, "turns of both networks; 0: no GAN, `gan` is `sft`", 0, 100)
     disc: str = flag("lm", "D is a language model, or SeqGAN's CNN", choices=["lm", "cnn"])
     d_steps: int = flag(None, "discriminator steps per round", 1, 10**9)
@@ -130,16 +130,15 @@ class Data:
         self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}  # END is 0
         if len(self.symbols) > 20000:
             fail(f"--level {cfg.level}: over 20000 different tokens; expected less text, or char")
-        ids = [{part: self.to_ids(lines) for part, lines in text.items()} for text in texts]
-        self.messy, self.curated = ids[0], ids[-1]
+        self.texts = [{part: self.to_ids(lines) for part, lines in text.items()} for text in texts]
+        self.messy, self.curated = self.texts[0], self.texts[-1]
         self.truth = self.to_ids(truth) if grammar else self.curated["test"]
 
     def split(self, path):
         """A held-out line may stand in train as well, as often as the language repeats itself."""
         lines = [" ".join(line.split()) for line in read(path).split("\n") if line.split()]
         if len(set(lines)) < 50 or len(lines) < 80:
-            fail(f"{path}: {len(lines)} lines, {len(set(lines))} different; expected 80 lines, one "
-                 "sequence each, 50 of them different")
+            fail(f"{path}: {len(lines)} lines, {len({*lines})} different; expected 80, 50 or more")
         random.Random(self.cfg.seed).shuffle(lines)
         n = len(lines) // 10
         return {"test": lines[:n][:5000], "val": lines[n:2 * n][:2000], "train": lines[2 * n:]}
@@ -288,8 +287,8 @@ def sample(model, n, temperature=1.0, min_p=0.0):
 
 # ---- 4 discriminators: (B, T+1) ids, (B, T, 2) hints -> (B, T) logits, one for each x_1..x_t -----
 def hints_of(ref, x):
-    """What the frozen generator thought: (N, T+1) ids -> (N, T, 2), log q_ref(x_t | x_<t) less its
-    mean, and that mean, minus the entropy.  With plain log q_ref D starts late or never."""
+    """What the frozen generator thought: (N, T+1) ids -> (N, T, 2): how far log q_ref(x_t | x_<t)
+    is above its mean; that mean (-entropy).  With plain log q_ref D starts later, if at all."""
     def both(part):
         logq = ref(part[:, :-1]).log_softmax(-1)
         mean = (logq.exp() * logq).sum(-1)
@@ -341,7 +340,7 @@ def discriminator_loss(logits, is_real, mask):
     eq. 1).  Half of what D reads is real, so the best D is p/(p+q) and its logit is log p/q.
     (B, T), (B,) bool, (B, T) -> scalar."""
     loss = F.softplus(torch.where(is_real[:, None], -logits, logits))
-    return (loss * mask).sum() / mask.sum()
+    return (loss * mask).sum() / mask.sum()  # as lengths are alike, a sentence counts, not a token
 
 
 def token_rewards(logits, mask):
@@ -351,7 +350,7 @@ def token_rewards(logits, mask):
 
 
 def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
-    """A_t = sum_{k>=t} lam^(k-t) (r_k - kl_coef log q(x_k|x_<k)/q_ref(x_k|x_<k)) - baseline_t.
+    """A_t = sum_{k>=t} lam^(k-t) (r_k - kl_coef log [q/q_ref](x_k|x_<k)) - baseline_t.
     With kl_coef 1 and lam 1 the expected sum is -KL(q || q_ref D/(1-D)), highest at q = q_ref
     D/(1-D), which is p if D is optimal.  Then p is the optimum for any lam; less lam, less noise.
     The baseline is the batch mean at each position.  No division by the deviation: with D at chance
@@ -542,8 +541,8 @@ def fresh_judge(model, first, x, data, cfg):
     train_discriminator(judge.to(cfg.device), model, real, fake, min(500, cfg.d_steps), cfg)
     sides = data.curated["test"], x[:n]
     accuracy = judged(*(verdict(judge, side, hints_of(model, side)) for side in sides))["d_acc"]
-    error = math.sqrt(sum(1 / len(side) for side in sides)) / 4
-    return {"judge_acc": max(0.5, accuracy), "judge_acc_se": error}  # less than 0.5 is noise
+    return {"judge_acc": max(0.5, accuracy),  # less than 0.5 is noise
+            "judge_acc_se": math.sqrt(sum(1 / len(side) for side in sides)) / 4}
 
 
 def show_report(rows):
@@ -557,15 +556,15 @@ def show_report(rows):
         best[name] = min(mine, key=lambda row: row[y])
         cells = mine[0][y], *(best[name][c] for c in columns)
         print(f"{name:10}", *(f"{cell:12.3f}" for cell in cells))
-    gan = best["gan"]
-    other = min((best["mle"], best["sft"], best["continued"]), key=lambda row: row[y])
+    gan, other = best["gan"], min((best["mle"], best["sft"], best["continued"]), key=lambda r: r[y])
     gain, error = other[y] - gan[y], math.hypot(gan[y + "_se"], other[y + "_se"])
     if y == "js":  # on the same true sentences: a paired difference
         parts = other["terms"][0] - gan["terms"][0], other["terms"][1], gan["terms"][1]
         error = math.sqrt(sum(part.var() / len(part) for part in parts)) / 2
-    says = "wins" if gain > max(0.002, 2 * error) else "does NOT win"
+    luck = max(0.002, 2 * error)
+    says = "wins" if gain > luck else "LOSES" if gain < -luck else "does NOT win"
     print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}, difference {gain:.3f} +- "
-          f"{error:.3f} (standard error; under {2 * error:.3f} is luck): the GAN phase {says}.")
+          f"{error:.3f} (standard error; under {luck:.3f} is luck): the GAN phase {says}.")
 
 
 # ---- 8 the run -----------------------------------------------------------------------------------
@@ -576,18 +575,19 @@ def write(path, save):
     new.replace(path)
 
 
-def begin_or_resume(cfg, symbols):
-    """Take the folder --out, or go on in it if the run there has the same flags and vocabulary."""
+def begin_or_resume(cfg, data):
+    """Take the folder --out, or go on in it if the run there has the same flags and texts."""
     file = Path(cfg.out, "config.json")
-    free = {"out": "", "resume": "", "device": "", "symbols": symbols}
-    told = json.dumps(asdict(cfg) | free, indent=0)
+    told = asdict(cfg) | {"out": "", "resume": "", "device": "", "symbols": data.symbols}
+    told["texts"] = [zlib.crc32(x.cpu().numpy()) for text in data.texts for x in text.values()]
+    told = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in told.items())  # a line each
     if file.exists():
         if not cfg.resume:
             fail(f"--out {cfg.out}: there is a run already; expected --resume, or another folder")
-        for line in sorted({*told.split("\n")} - {*file.read_text(errors="replace").split("\n")}):
-            fail(f"--out {cfg.out}: the run there had other flags or texts than {line.strip(',')}")
+        for line in sorted({*told.split(",\n")} - {*read(file)[1:-1].split(",\n")}):
+            fail(f"--out {cfg.out}: the run there had other flags or texts than {line:.60}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, lambda new: new.write_text(told))
+    write(file, lambda new: new.write_text(f"{{{told}}}"))
 
 
 def sized_to_text(cfg, data):
@@ -633,7 +633,7 @@ def main(argv=None):
     cfg = parse_flags(argv)
     data = Data(cfg)
     sized_to_text(cfg, data)
-    begin_or_resume(cfg, data.symbols)
+    begin_or_resume(cfg, data)
     records = {}
 
     def phase(name, model, train, *how):
@@ -678,8 +678,8 @@ def main(argv=None):
             break
         gan = new
 
-    # 3 the control: the GAN's time in more likelihood, two batches for one that D reads or a model
-    # writes, three where lines are long.  On a small curated text a low rate makes the most of it.
+    # 3 the control: the GAN's time in more likelihood: two batches for one that D reads or a model
+    # writes, of other texts three.  A low rate makes the most of a curated text: it is read often.
     written = cfg.rounds * cfg.g_steps * cfg.g_samples // cfg.batch_size
     work = (2 if data.grammar else 3) * (cfg.d_steps * (2 + cfg.rounds) + written) + cfg.sft_steps
     rate = cfg.lr if data.curated is data.messy else cfg.lr / 16

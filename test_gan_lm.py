@@ -88,7 +88,7 @@ def complaint(argv, capsys):
 
 # ---- the promises about the files
 def test_the_files_are_few_and_short_enough_to_be_read():
-    most = {"gan_lm.py": 700, "tiny_data/language.py": 130, "test_gan_lm.py": 800}
+    most = {"gan_lm.py": 700, "tiny_data/language.py": 130, "test_gan_lm.py": 810}
     found = [path.relative_to(ROOT) for path in ROOT.rglob("*.*")]
     code = {path.as_posix() for path in found if path.suffix in (".py", ".sh", ".ipynb", ".c")}
     assert {file for file in code if file[0] != "."} == most.keys()
@@ -488,15 +488,16 @@ def answer(capsys, gan, other, y, se=0.0, shared=0.0):
     row |= {y: other, y + "_se": se, "terms": (wave * shared, wave * se * 20)}
     show_report([row | {"name": name} for name in ("mle", "sft", "continued")]
                 + [row | {"name": "gan", y: gan}])
-    return "wins" in capsys.readouterr().out
+    says = capsys.readouterr().out.split("the GAN phase ")[1]
+    return {"wins.": 1, "does NOT win.": 0, "LOSES.": -1}[says.strip()]
 
 @pytest.mark.parametrize("y", ["js", "judge_acc"])
 def test_the_answer_is_yes_only_for_a_gain_beyond_two_standard_errors(y, capsys):
     error = 0.1 / math.sqrt(2)  # of each; of the difference: 0.1
-    assert answer(capsys, 0.5, 0.71, y, error) and not answer(capsys, 0.5, 0.69, y, error)
-    assert answer(capsys, 0.5, 0.51, y) and not answer(capsys, 0.5, 0.501, y)  # worth the word
-    assert not answer(capsys, 0.7, 0.5, y)
-    assert answer(capsys, 0.5, 0.6, y, shared=9.0)  # luck that both have is no error
+    assert (answer(capsys, 0.5, 0.71, y, error), answer(capsys, 0.5, 0.69, y, error)) == (1, 0)
+    assert (answer(capsys, 0.71, 0.5, y, error), answer(capsys, 0.69, 0.5, y, error)) == (-1, 0)
+    assert (answer(capsys, 0.5, 0.51, y), answer(capsys, 0.5, 0.501, y)) == (1, 0)  # a word's worth
+    assert answer(capsys, 0.5, 0.6, y, shared=9.0) == 1  # luck that both have is no error
 
 # ---- 8 the run: whole runs in miniature
 @pytest.fixture(scope="module")
@@ -665,8 +666,11 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_flags_or_texts(finished
         patch.setattr(gan_lm, "TINY", FEW)
         assert "--resume" in complaint(argv, capsys)
         assert "seed" in complaint([*argv, "--resume", "--seed", "5"], capsys)
+        assert "min_ps" in complaint([*argv, "--resume", "--min_ps", "0"], capsys)
+        patch.setattr(random.Random, "shuffle", lambda *lines: None)  # the same symbols
+        assert "texts" in complaint([*argv, "--resume"], capsys)
         patch.setattr(gan_lm, "tokens_of", lambda line, level: ["odd", *tokens_of(line, level)])
-        assert "or texts" in complaint([*argv, "--resume"], capsys)
+        assert "symbols" in complaint([*argv, "--resume"], capsys)
     assert before == {file: file.read_bytes() for file in finished.iterdir()}
 
 class Hostile:
@@ -713,7 +717,11 @@ def test_every_recipe_of_the_readme_runs(recipe, finished, tmp_path, monkeypatch
     shutil.copytree(finished, "out")
     exec(recipe, {})
 
-def test_every_function_that_the_readme_names_exists():
+def test_every_function_and_exercise_that_the_readme_names_exists():
+    exercises = re.findall(r"<summary>(\d+)\. ", README)
+    assert exercises == [str(1 + i) for i in range(len(exercises))]
+    assert {*re.findall(r"exercises?\s(\d+)", README)} <= {*exercises}
+    assert README.count("<details>") == README.count("</details>") == README.count("<summary>")
     assert {*re.findall(r"`(\w+)\(\)`", README)} <= {*dir(gan_lm), *dir(language), *globals()}
 
 # ---- speed: `python test_gan_lm.py` prints ratios, each with ours first

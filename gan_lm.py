@@ -381,7 +381,7 @@ def update(model, adam, step, steps, peak):
 
 
 def fit(model, x, loss_of, score, held_out, steps, lr, cfg):
-    """Descend loss_of(rows of x); the model ends where held_out()[score] was least in 16 looks."""
+    """Descend loss_of(rows of x); ends at the least held_out()[score] of the start and 16 looks."""
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     best, best_state = held_out(), deepcopy(model.state_dict())
     for step, rows in zip(tqdm(range(steps), score, disable=None), batches(x, cfg.batch_size)):
@@ -460,9 +460,9 @@ def train_generator(model, ref, disc, cfg):
     for step in tqdm(range(cfg.g_steps), "generator", disable=None):
         x, logp = sample(model, cfg.g_samples)  # 1 the model writes
         mask = real_tokens(x)
-        hints = hints_of(ref, x)  # 2 the reference reads it, then the discriminator
-        logp_ref = hints.sum(-1)
-        rewards = token_rewards(in_chunks(disc, x, hints), mask)  # 3 what D makes of each token
+        hints = hints_of(ref, x)  # 2 the reference reads it
+        logp_ref = hints.sum(-1)  # (log q_ref - its mean) + that mean
+        rewards = token_rewards(in_chunks(disc, x, hints), mask)  # 3 D reads both
         A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)  # 4 better than usual?
         for rows in by_length(x, ref.shape[0]):  # 5 make better tokens more likely
             part = trim(x[rows])
@@ -476,9 +476,9 @@ def train_generator(model, ref, disc, cfg):
 
 
 def why_undone(before, after, data, old, new):
-    """Why a round is not kept, or "".  A GAN is for being told apart less: the next D must find
-    less on held-out text than the old one did, and likelihood and variety must not collapse."""
-    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # + 0.001: it is the least of 17
+    """Why a round is not kept, or "".  A GAN is for being told apart less: the next D must not find
+    more on held-out text than the old one did, and likelihood and variety must not collapse."""
+    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # + 0.001: fit() took the least
         return "the discriminator was at chance"
     torch.manual_seed(0)  # the same decision after --resume
     nll, nll_before = (-sequence_logp(m, data.curated["val"]).mean() for m in (after, before))
@@ -498,7 +498,7 @@ def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
         kl_se = kl.std() / math.sqrt(len(kl))
     js_p = 1 - np.logaddexp(0, -kl) / math.log(2)
     js_q = weight * (1 - np.logaddexp(0, logp_q - logq_q) / math.log(2))
-    js_q = js_q - (weight - 1) * js_q.mean()  # keeps the mean; Z is an estimate: adds its error
+    js_q = js_q - (weight - 1) * js_q.mean()  # same mean; adds to js_se the error of Z, estimated
     js_se = math.sqrt(js_p.var() / len(js_p) + js_q.var() / len(js_q)) / 2
     return {"kl": kl.mean(), "kl_se": kl_se, "js": (js_p.mean() + js_q.mean()) / 2, "js_se": js_se,
             "terms": (js_p, js_q)}
@@ -591,7 +591,7 @@ def begin_or_resume(cfg, data):
 
 
 def sized_to_text(cfg, data):
-    """Choose what was not given: three minutes of the known language, ten of another text."""
+    """Choose what was not given: for three minutes on the known language, for ten on other text."""
     tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
     cost = tokens * (12 * cfg.layers * cfg.width**2 + cfg.width * len(data.symbols))
     scale = 1 if data.grammar else min(3, 1.5e6 / cost)
@@ -678,8 +678,8 @@ def main(argv=None):
             break
         gan = new
 
-    # 3 the control: the GAN's time in more likelihood: two batches for one that D reads or a model
-    # writes, of other texts three.  A low rate makes the most of a curated text: it is read often.
+    # 3 the control: the GAN's time in more likelihood, two batches for each that D reads or a model
+    # writes (other text: three).  A curated text of its own is read often: a low rate suits that.
     written = cfg.rounds * cfg.g_steps * cfg.g_samples // cfg.batch_size
     work = (2 if data.grammar else 3) * (cfg.d_steps * (2 + cfg.rounds) + written) + cfg.sft_steps
     rate = cfg.lr if data.curated is data.messy else cfg.lr / 16

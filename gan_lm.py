@@ -137,10 +137,10 @@ class Data:
     def split(self, path):
         """A held-out line may stand in train as well, as often as the language repeats itself."""
         lines = [" ".join(line.split()) for line in read(path).split("\n") if line.split()]
-        if len(set(lines)) < 50 or len(lines) < 80:
-            fail(f"{path}: {len(lines)} lines, {len({*lines})} different; expected 80, 50 or more")
+        n, different = len(lines) // 10, len(set(lines))
+        if different < 50 or len(lines) < 80:
+            fail(f"{path}: {len(lines)} lines, {different} different; expected 80, 50 different")
         random.Random(self.cfg.seed).shuffle(lines)
-        n = len(lines) // 10
         return {"test": lines[:n][:5000], "val": lines[n:2 * n][:2000], "train": lines[2 * n:]}
 
     def to_ids(self, lines):
@@ -580,14 +580,14 @@ def begin_or_resume(cfg, data):
     file = Path(cfg.out, "config.json")
     told = asdict(cfg) | {"out": "", "resume": "", "device": "", "symbols": data.symbols}
     told["texts"] = [zlib.crc32(x.cpu().numpy()) for text in data.texts for x in text.values()]
-    told = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in told.items())  # a line each
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in told.items()]
     if file.exists():
         if not cfg.resume:
             fail(f"--out {cfg.out}: there is a run already; expected --resume, or another folder")
-        for line in sorted({*told.split(",\n")} - {*read(file)[1:-1].split(",\n")}):
+        for line in sorted({*lines} - {*read(file)[1:-1].split(",\n")}):
             fail(f"--out {cfg.out}: the run there had other flags or texts than {line:.60}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, lambda new: new.write_text(f"{{{told}}}"))
+    write(file, lambda new: new.write_text("{" + ",\n".join(lines) + "}"))
 
 
 def sized_to_text(cfg, data):

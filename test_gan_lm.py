@@ -80,7 +80,8 @@ def every_sequence(V, T):
 
 def complaint(argv, capsys):
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gan_lm, "TINY", FEW)
         main([*map(str, argv)])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1, err
@@ -88,7 +89,7 @@ def complaint(argv, capsys):
 
 # ---- the promises about the files
 def test_the_files_are_few_and_short_enough_to_be_read():
-    most = {"gan_lm.py": 700, "tiny_data/language.py": 130, "test_gan_lm.py": 810}
+    most = {"gan_lm.py": 700, "tiny_data/language.py": 130, "test_gan_lm.py": 800}
     found = [path.relative_to(ROOT) for path in ROOT.rglob("*.*")]
     code = {path.as_posix() for path in found if path.suffix in (".py", ".sh", ".ipynb", ".c")}
     assert {file for file in code if file[0] != "."} == most.keys()
@@ -237,8 +238,7 @@ def test_cached_sampling_equals_uncached_and_tells_the_log_q_of_each_token(tempe
         slow[alive, t] = torch.searchsorted(total, u, right=True)[:, 0]
         alive = alive[slow[alive, t] != 0]
     assert torch.equal(fast, slow)
-    told = token_logp(model, fast, temperature, min_p)
-    assert torch.allclose(logq, told, atol=1e-4)
+    assert torch.allclose(logq, token_logp(model, fast, temperature, min_p), atol=1e-4)
 
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_probabilities_of_sequences_sum_to_one_and_are_those_of_samples(decoding):
@@ -251,8 +251,7 @@ def test_probabilities_of_sequences_sum_to_one_and_are_those_of_samples(decoding
 def test_memory_is_bounded_however_long_the_context_and_large_the_vocabulary(monkeypatch):
     asked, decode = [], gan_lm.decoded
     monkeypatch.setattr(gan_lm, "AT_ONCE", 2**16)
-    monkeypatch.setattr(gan_lm, "decoded",
-                        lambda h, *how: asked.append(h.numel()) or decode(h, *how))
+    monkeypatch.setattr(gan_lm, "decoded", lambda h, *a: asked.append(h.numel()) or decode(h, *a))
     for V, T in ((5, 300), (2000, 10)):
         torch.manual_seed(0)
         model, x = GPT(V, T, 1, 32), torch.randint(1, V, (100, T + 1))
@@ -458,8 +457,7 @@ def test_re_ranking_is_measured_as_the_exact_density_q_d_over_1_minus_d_by_z(dec
         to_lines=lambda ids: [str(row[1:]) for row in ids.tolist()],
         grammar=SimpleNamespace(logp=lambda line: np.log(p)[place[line]]))
     torch.manual_seed(0)
-    cfg = Config(device="cpu", eval_samples=20000)
-    row = measure(model, model, decoding, known, cfg, disc)[0]
+    row = measure(model, model, decoding, known, Config(device="cpu", eval_samples=20000), disc)[0]
     density = sequence_logp(model, x, *decoding).exp().double().numpy() * np.exp(logit)
     expected = exact(p, density / density.sum())
     assert abs(row["js"] - expected["js"]) < 4 * row["js_se"] < 0.05
@@ -616,12 +614,11 @@ def test_the_file_alone_in_an_empty_folder_runs_on_a_text_and_resumes_in_another
 # ---- bad input: one line that names what is at fault, status 2, nothing written
 BAD_FLAGS = (
     "--context 5, --seed x, --lr 2, --lr nan, --gan_lr -0.1, --temperatures 0, --temperatures a, "
-    "--temperatures, --temperatures 1 nan, --min_ps 1.5, --min_ps -1, --level x, "
-    "--disc rnn, --batch 3, --lam 1.5, --kl_coef -1, "
-    "--batch_size 1, --rounds -1, --width 48, --layers 0, --context -3, --context 5000, --data /, "
-    "--eval_samples 1, --g_samples 0, --device teapot, --pretrain_steps 1.5, --sft_steps -1, "
-    "--d_steps -1, --nonsense 1, extra, --data, --data /no/such, "
-    "--curated /no/such, --grammar /no/such, --seed -1").split(", ")
+    "--temperatures, --temperatures 1 nan, --min_ps 1.5, --min_ps -1, --level x, --disc rnn, "
+    "--batch 3, --lam 1.5, --kl_coef -1, --batch_size 1, --rounds -1, --width 48, --layers 0, "
+    "--context -3, --context 5000, --data /, --eval_samples 1, --g_samples 0, --device teapot, "
+    "--pretrain_steps 1.5, --sft_steps -1, --d_steps -1, --nonsense 1, extra, --data, "
+    "--data /no/such, --curated /no/such, --grammar /no/such, --seed -1").split(", ")
 BAD_GRAMMARS = {
     "S -> 1 NP runs": "'NP' has no rule", "S -> 1 S a | 1 b": "begins with itself",
     **dict.fromkeys(["S -> 1 A\nA -> 1 S", "S -> 3 S S | 1 a", "S -> 3 a S S | 1 b", "S -> 1 A | "
@@ -659,18 +656,16 @@ def test_odd_but_good_texts_are_read(kind, tmp_path):
         assert len(text.curated["train"]) in (72, 73)
         assert not {"\ufeff", "\r"} & {*"".join(text.symbols)}
 
-def test_a_run_is_not_overwritten_nor_resumed_with_other_flags_or_texts(finished, capsys):
+def test_no_run_is_overwritten_or_resumed_with_other_flags_or_texts(finished, monkeypatch, capsys):
     before = {file: file.read_bytes() for file in finished.iterdir()}
-    argv = [*FAST, "--data", "mistakes", "--out", finished]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gan_lm, "TINY", FEW)
-        assert "--resume" in complaint(argv, capsys)
-        assert "seed" in complaint([*argv, "--resume", "--seed", "5"], capsys)
-        assert "min_ps" in complaint([*argv, "--resume", "--min_ps", "0"], capsys)
-        patch.setattr(random.Random, "shuffle", lambda *lines: None)  # the same symbols
-        assert "texts" in complaint([*argv, "--resume"], capsys)
-        patch.setattr(gan_lm, "tokens_of", lambda line, level: ["odd", *tokens_of(line, level)])
-        assert "symbols" in complaint([*argv, "--resume"], capsys)
+    argv = [*FAST, "--out", finished]
+    assert "--resume" in complaint(argv, capsys)
+    assert "seed" in complaint([*argv, "--resume", "--seed", "5"], capsys)
+    assert "min_ps" in complaint([*argv, "--resume", "--min_ps", "0"], capsys)
+    monkeypatch.setattr(random.Random, "shuffle", lambda *lines: None)  # the same symbols
+    assert "texts" in complaint([*argv, "--resume"], capsys)
+    monkeypatch.setattr(gan_lm, "tokens_of", lambda line, level: ["odd", *tokens_of(line, level)])
+    assert "symbols" in complaint([*argv, "--resume"], capsys)
     assert before == {file: file.read_bytes() for file in finished.iterdir()}
 
 class Hostile:
@@ -681,14 +676,11 @@ class Hostile:
     lambda content: b"", lambda content: content[:999], lambda content: content[999:],
     lambda content: pickle.dumps(Hostile())])
 def test_a_damaged_or_hostile_model_is_refused_and_not_run(damage, finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "out")
+    out = shutil.copytree(finished, tmp_path / "out")
     content = damage((finished / "sft.pt").read_bytes())
-    (tmp_path / "out" / "sft.pt").write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gan_lm, "TINY", FEW)
-        argv = [*FAST, "--data", "mistakes", "--out", tmp_path / "out", "--resume"]
-        assert "sft.pt" in complaint(argv, capsys)
-    assert (tmp_path / "out" / "sft.pt").read_bytes() == content and not (FEW / "hacked").exists()
+    (out / "sft.pt").write_bytes(content)
+    assert "sft.pt" in complaint([*FAST, "--out", out, "--resume"], capsys)
+    assert (out / "sft.pt").read_bytes() == content and not (FEW / "hacked").exists()
 
 def test_too_many_words_and_an_out_that_is_a_file_are_named(capsys):
     (FEW / "large.txt").write_text("\n".join(map(str, range(20001))), encoding="utf-8")

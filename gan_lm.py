@@ -1,21 +1,28 @@
 """Do GANs help language models?  One file that answers by measurement.
 
-A small GPT is trained by likelihood: on a large messy text (`mle`), then on a curated one (`sft`).
-Then comes a GAN: a discriminator D learns to tell curated sentences from the model's own, and
-policy gradient (write, be judged, make more likely what was judged well) moves the model to where D
-cannot (`gan`).  The cheap rivals: a lower temperature, a cut of unlikely tokens (min-p), the same
-time in more likelihood (`continued`), a choice among samples of `sft` by the same D (`reranked`).
+A small GPT, the generator G, is trained by likelihood (`mle`).  Then comes a game: G writes
+sentences, a discriminator D says how real each looks, and G makes more likely what looked
+real (`gan`).  When is that worth more than what is cheap: a lower temperature, a cut of
+unlikely tokens, the same time in more likelihood (`continued`), a choice among G's samples
+by the same D (`reranked`)?
 
-Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which finish a prefix many times to
-judge it: our D judges every prefix.  Added: D reads what the model thought, and an anchor, the KL
-to the model that D was trained against.  With D frozen this is RLHF, D the reward model.
+    text --likelihood--> mle --the game: G and D in turn--> gan
+                          |-----more likelihood-----------> continued
+                          |-----a choice by D-------------> reranked
+    text --likelihood--> p0     a model with a longer memory, frozen: one half of D
 
-    python gan_lm.py                     # tiny_data/: a grammar knows the exact p of any sentence
-    python gan_lm.py --data your.txt     # any text, one sequence a line: a fresh D is the judge
+Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which finish a prefix many times
+over to judge it.  Our D judges every prefix.  Added: D knows how likely each token was to
+G, and how likely to p0.  By default G's memory is too short for its language; `--memory 0`
+takes that limit away.
 
-Shapes: B batch, T time, C channels, V vocabulary.  p is the truth, q the model.
+    python gan_lm.py                                # a language whose truth is known
+    python gan_lm.py --data your.txt --level char   # your own text, one sequence a line
+    python gan_lm.py --sample 9 --prompt "the dog"  # what a finished run has learned
+
+Shapes: B batch, T time, C channels, V vocabulary.  p: the truth, q: G, D: from 0 to 1.
 """
-import argparse, json, math, random, re, sys, time, zlib  # noqa: E401
+import argparse, itertools, json, math, random, re, sys, time, zlib  # noqa: E401
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,135 +36,214 @@ from tqdm import tqdm
 TINY = Path(__file__).resolve().parent / "tiny_data"
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 END = 0  # one token begins, ends and pads a sequence
-AT_ONCE = 2**23  # numbers computed at a time (rows x tokens x numbers a token): bounds memory
+HEAD = 32  # channels of an attention head
+AT_ONCE = 2**23  # rows x tokens x numbers a token, computed at a time: bounds memory
 
 
-# ---- 1 configuration: each field is a flag of the same name --------------------------------------
-def flag(default, text, low=None, high=None, **how):  # a field that is a flag, from low to high
-    return field(default=default, metadata={"range": (low, high), "how": {"help": text, **how}})
+# ---- 1 configuration: each field is a flag of the same name ------------------------------
+def flag(default, text, low=None, high=None, **how):
+    """A field of Config that is a flag; a number has to lie between low and high."""
+    def number(given):
+        value = type(low)(given)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{given}: expected {low} to {high}")
+        return value
+
+    if low is not None:
+        how["type"] = number
+    return field(default=default, metadata={"help": text, **how})
 
 
 @dataclass
 class Config:
-    """Everything that a run depends on.  None: chosen by sized_to_text()."""
-    data: str = flag("mistakes", "text: a file, or mistakes, noise, clean")
-    curated: str = flag("", "text to sharpen towards (none: --data, or tiny_data/curated.txt)")
-    grammar: str = flag("", "grammar of --curated (none: none, or tiny_data/grammar.txt)")
+    """Everything that a run depends on.  None: what CHOSEN has for it."""
+    # the text
+    data: str = flag("", "a text, one sequence a line; none: sentences of the grammar")
+    grammar: str = flag("", "rules behind the text; none: tiny_data/grammar.txt, or none")
+    sentences: int = flag(160_000, "how many sentences of the grammar", 80, 10**7)
     level: str = flag("word", "what a token is", choices=["word", "char"])
-    out: str = flag("out", "folder for <phase>.pt, samples_<arm>.txt and report.json")
-    resume: bool = flag(False, "go on with the run in --out", action="store_true")
+    context: int = flag(64, "longest sequence in tokens; the rest is cut", 1, 4096)
+    # the generator, and the frozen model p0 that is one half of D
+    layers: int = flag(None, "layers of G", 1, 100)
+    width: int = flag(None, "channels of G, a multiple of 32", 32, 4096)
+    memory: int = flag(None, "how many tokens a layer of G sees; 0: all", 0, 4096)
+    p0_layers: int = flag(None, "layers of p0, which sees all tokens", 1, 100)
+    p0_width: int = flag(None, "channels of p0, a multiple of 32", 32, 4096)
+    # likelihood
+    mle_steps: int = flag(None, "likelihood steps of mle", 0, 10**9)
+    p0_steps: int = flag(None, "likelihood steps of p0", 0, 10**9)
+    continued_steps: int = flag(None, "as many more: the game's time", 0, 10**9)
+    batch_size: int = flag(64, "sequences a step; real ones a step of D", 2, 10**6)
+    lr: float = flag(4e-3, "peak learning rate, at width 64 or less", 0.0, 1.0)
+    # the game
+    disc: str = flag("lm", "D's correction: a language model, a CNN", choices=["lm", "cnn"])
+    reward: str = flag("js", "what G climbs: see value()", choices=["js", "logit", "prob"])
+    g_steps: int = flag(None, "turns of the game; 0: no game", 0, 10**9)
+    g_samples: int = flag(1024, "sentences that G writes a turn", 2, 10**6)
+    d_steps: int = flag(2, "steps of D a turn; 0: D's correction stays 0", 0, 10**6)
+    gan_lr: float = flag(3e-3, "peak learning rate of G, at width 64 or less", 0.0, 1.0)
+    d_lr: float = flag(1e-3, "peak learning rate of D, at width 64 or less", 0.0, 1.0)
+    lam: float = flag(1.0, "a token's share of the reward k tokens on is lam^k", 0.0, 1.0)
+    # measurement
+    best_of: int = flag(4, "`reranked` chooses one of so many samples", 2, 1000)
+    temperatures: tuple = flag(None, "to measure, the plain first", 0.01, 100.0, nargs="+")
+    min_ps: tuple = flag(None, "cuts to measure: decoded()", 0.0, 1.0, nargs="+")
+    eval_samples: int = flag(None, "sentences a side that are measured", 20, 10**6)
+    # the run
     seed: int = flag(0, "same seed, same machine: same numbers", 0, 10**6)
     device: str = flag(DEVICES[0], "where to compute", choices=DEVICES)
-    layers: int = flag(2, "layers of the GPT", 1, 100)
-    width: int = flag(64, "channels of the GPT, a multiple of 32: a head has 32", 32, 4096)
-    context: int = flag(64, "longest sequence in tokens, the rest of a line is cut", 1, 4096)
-    batch_size: int = flag(64, "sequences per step of likelihood, and of D", 2, 10**6)
-    pretrain_steps: int = flag(None, "likelihood steps on --data; None: fitted to it", 0, 10**9)
-    sft_steps: int = flag(None, "likelihood steps on --curated", 0, 10**9)
-    lr: float = flag(4e-3, "peak learning rate of likelihood, less on --curated", 0, 1)
-    rounds: int = flag(1, "turns of both networks; 0: no GAN, `gan` is `sft`", 0, 100)
-    disc: str = flag("lm", "D is a language model, or SeqGAN's CNN", choices=["lm", "cnn"])
-    d_steps: int = flag(None, "discriminator steps per round", 1, 10**9)
-    g_steps: int = flag(None, "policy-gradient steps per round", 1, 10**9)
-    g_samples: int = flag(1024, "samples of the model per policy-gradient step", 2, 10**6)
-    gan_lr: float = flag(3e-3, "peak learning rate of both, times 64 / width", 0, 1)
-    kl_coef: float = flag(1.0, "weight of the anchor; 1 makes the truth the optimum", 0, 1000)
-    lam: float = flag(0.5, "a token's share of the reward k tokens later is lam^k", 0, 1)
-    temperatures: tuple = flag(None, "that are measured, first the plain one", 0.01, 100, nargs="+")
-    min_ps: tuple = flag(None, "cuts of tokens below that share of the likeliest", 0, 1, nargs="+")
-    eval_samples: int = flag(4000, "samples per side of each figure", 10, 10**6)
+    out: str = flag("out", "folder for everything that is written")
+    resume: bool = flag(False, "go on with the run in --out", action="store_true")
+    # a finished run
+    sample: int = flag(0, "train nothing: so many samples of the run in --out", 0, 10**6)
+    phase: str = flag("gan", "whose samples", choices=["mle", "p0", "gan", "continued"])
+    prompt: str = flag("", "the text that these samples go on from")
+    temperature: float = flag(1.0, "of these samples", 0.01, 100.0)
+    min_p: float = flag(0.0, "cut of these samples", 0.0, 1.0)
+
+
+# What is not given.  The grammar: a generator too small for its language, which likelihood
+# brings to its end in half a minute.  Your text: what two cores do in about ten minutes.
+CHOSEN = {
+    "grammar": {"layers": 1, "width": 32, "memory": 2, "p0_layers": 2, "p0_width": 64,
+                "mle_steps": 10_000, "p0_steps": 5000, "continued_steps": 11_000,
+                "g_steps": 200, "temperatures": [1.0, 1.15, 0.9, 0.8],
+                "min_ps": [0.0, 0.005, 0.02], "eval_samples": 8000},
+    "text": {"layers": 3, "width": 128, "memory": 16, "p0_layers": 3, "p0_width": 128,
+             "mle_steps": 4000, "p0_steps": 4000, "continued_steps": 2500,
+             "g_steps": 100, "temperatures": [1.0],
+             "min_ps": [0.0, 0.05], "eval_samples": 2000}}
 
 
 def fail(message):
-    print(f"gan_lm.py: error: {' '.join(message.split())}", file=sys.stderr)
+    print("gan_lm.py: error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_flags(argv=None):
-    """Command line -> Config.  A mistake ends the program with one line that names the flag."""
+    """Command line -> Config.  A mistake ends the program with one line about it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     for f in fields(Config):
-        kind = {} if f.type is bool else {"type": float if f.type is tuple else f.type}
-        parser.add_argument("--" + f.name, default=f.default, **kind, **f.metadata["how"])
+        parser.add_argument("--" + f.name, default=f.default, **f.metadata)
     cfg = Config(**vars(parser.parse_args(argv)))
-    for f in fields(Config):
-        value, (low, high) = getattr(cfg, f.name), f.metadata["range"]
-        for number in value if isinstance(value, list) else [value]:
-            if None not in (low, number) and not low <= number <= high:
-                fail(f"argument --{f.name}: {number}: expected {low} to {high}")
-    if cfg.width % 32:
-        fail(f"argument --width: {cfg.width}: expected a multiple of 32")
+    for name, value in CHOSEN["text" if cfg.data else "grammar"].items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    for name in ("width", "p0_width"):
+        if getattr(cfg, name) % HEAD:
+            fail(f"argument --{name}: {getattr(cfg, name)}: expected a multiple of {HEAD}")
+    if cfg.disc == "cnn" and cfg.lam < 1:
+        fail("argument --lam: expected 1 with a CNN: its one verdict comes at the end")
     return cfg
 
 
-# ---- 2 text: lines <-> (N, T+1) token ids --------------------------------------------------------
+# ---- 2 text: lines <-> (N, T+1) token ids ------------------------------------------------
 def read(path):
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        fail(f"{path}: expected a UTF-8 text file ({error})")
+        fail(f"{path}: expected a UTF-8 text file: {error}")
+    if "\0" in text:
+        fail(f"{path}: expected a UTF-8 text file: it has NUL characters, as UTF-16 has")
+    return text
 
 
 def tokens_of(line, level):
-    """A word carries the space before it, so that joining the tokens gives the line back."""
-    return list(line) if level == "char" else re.findall(r" ?[\w'-]+| ?\S", " " + line)
+    """A word carries the space before it: the tokens, joined, are the line again."""
+    if level == "char":
+        return list(line)
+    return re.findall(r" ?[\w'-]+| ?\S", " " + " ".join(line.split()))
 
 
 class Data:
-    """Both texts as ids, dicts of train, val and test; truth: sentences of the grammar, or test."""
-    def __init__(self, cfg):
-        self.cfg, self.grammar = cfg, None
-        messy, curated, grammar = cfg.data, cfg.curated or cfg.data, cfg.grammar
-        if cfg.data in ("mistakes", "noise", "clean"):
-            messy = TINY / f"{cfg.data}.txt"
-            curated, grammar = cfg.curated or TINY / "curated.txt", grammar or TINY / "grammar.txt"
-        texts = [self.split(path) for path in dict.fromkeys((messy, curated))]
-        lines = [line for text in texts for part in text.values() for line in part]
-        self.seen = {line for text in texts for line in text["train"]}
-        self.words = {word for line in lines for word in line.split()}
-        if grammar:
-            from tiny_data.language import Grammar  # the only use of that folder's code
-            self.grammar = Grammar(read(grammar), grammar, known=self.words)
-            lines += self.grammar.words
-            rng = random.Random(cfg.seed + 10**6)
-            truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
-            if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
-                fail(f"--context {cfg.context}: true sentences are longer; expected more")
-            self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
-        self.symbols = ["", *sorted({t for line in lines for t in tokens_of(line, cfg.level)})]
-        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}  # END is 0
-        if len(self.symbols) > 20000:
-            fail(f"--level {cfg.level}: over 20000 different tokens; expected less text, or char")
-        self.texts = [{part: self.to_ids(lines) for part, lines in text.items()} for text in texts]
-        self.messy, self.curated = self.texts[0], self.texts[-1]
-        self.truth = self.to_ids(truth) if grammar else self.curated["test"]
+    """A text as (N, T+1) ids: `train`, `val` to stop by, `truth` to measure by.
 
-    def split(self, path):
-        """A held-out line may stand in train as well, as often as the language repeats itself."""
-        lines = [" ".join(line.split()) for line in read(path).split("\n") if line.split()]
-        n, different = len(lines) // 10, len(set(lines))
+    grammar: the language if it is known, else None.  seen: the lines of `train`."""
+
+    def __init__(self, cfg):
+        self.level, self.context, self.device = cfg.level, cfg.context, cfg.device
+        lines = self.lines_of(cfg.data) if cfg.data else []
+        rules = cfg.grammar or ("" if cfg.data else TINY / "grammar.txt")
+        self.grammar, truth, words = None, [], []
+        if rules:
+            lines, truth, words = self.from_grammar(rules, lines, cfg)
+        known = [*lines, *truth, *words]
+        tokens = {token for line in known for token in tokens_of(line, cfg.level)}
+        self.symbols = ["", *sorted(tokens)]  # END is the 0th
+        self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
+        if len(self.symbols) > 20_000:
+            fail(f"--level {cfg.level}: over 20000 different tokens; expected char")
+
+        # A held-out line may stand in train as well, as often as the text repeats itself.
+        random.Random(cfg.seed).shuffle(lines)
+        n = len(lines) // 10
+        self.val = self.to_ids(lines[:n][:2000])
+        self.truth = self.to_ids(truth or lines[n:2 * n][:cfg.eval_samples])
+        self.train = self.to_ids(lines[n:] if truth else lines[2 * n:])
+        self.seen = set(self.to_lines(self.train))
+        self.words = {word for line in self.seen for word in line.split()}
+        self.warn(lines)
+
+    def lines_of(self, path):
+        lines = [line.rstrip("\r") for line in read(path).split("\n") if line.strip()]
+        different = len(set(lines))
         if different < 50 or len(lines) < 80:
-            fail(f"{path}: {len(lines)} lines, {different} different; expected 80, 50 different")
-        random.Random(self.cfg.seed).shuffle(lines)
-        return {"test": lines[:n][:5000], "val": lines[n:2 * n][:2000], "train": lines[2 * n:]}
+            fail(f"{path}: {len(lines)} lines, {different} different; expected 80 and 50")
+        return lines
+
+    def from_grammar(self, rules, lines, cfg):
+        """Sentences to learn (if there is no text), true ones to measure by, all words."""
+        from tiny_data.language import Grammar  # the only use of that folder's code
+        words = {word for line in lines for word in line.split()}
+        self.grammar = Grammar(read(rules), rules, known=words)
+        if not lines:
+            rng = random.Random(cfg.seed)
+            bar = tqdm(range(cfg.sentences), "sentences", disable=None)
+            lines = [self.grammar.sample(rng) for _ in bar]
+        rng = random.Random(cfg.seed + 10**6)
+        truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
+        if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
+            fail(f"--context {cfg.context}: true sentences are longer; expected more")
+        self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
+        return lines, truth, self.grammar.words
+
+    def warn(self, lines):
+        """Say what --context cuts off, and how many held-out tokens are unknown."""
+        cut = sum(len(tokens_of(line, self.level)) > self.context for line in lines)
+        if cut:
+            print(f"{cut} of {len(lines)} lines are longer than --context {self.context} "
+                  "tokens and are cut")
+        tokens = self.val[self.val != END]
+        unknown = 1 - torch.isin(tokens, self.train.unique()).float().mean().item()
+        if unknown > 0.05:
+            print(f"{unknown:.0%} of the held-out tokens are in no training line; "
+                  "--level char may do better")
 
     def to_ids(self, lines):
-        """N lines -> (N, T+1) ids: each row END, the tokens, END ... END; longer lines are cut."""
-        T = self.cfg.context
-        x = np.full((len(lines), T + 1), END, np.int16)  # a text is large; trim() makes it 64 bits
+        """N lines -> (N, T+1) ids: a row is END, its tokens (at most T), END ... END."""
+        T = self.context
+        x = np.full((len(lines), T + 1), END, np.int16)  # small; trim() makes it long
         for row, line in zip(x, lines):
-            ids = [self.id_of[t] for t in tokens_of(line, self.cfg.level)[:T]]
+            ids = [self.id_of[token] for token in tokens_of(line, self.level)[:T]]
             row[1:1 + len(ids)] = ids
-        return torch.from_numpy(x).to(self.cfg.device)
+        return torch.from_numpy(x).to(self.device)
 
-    def to_lines(self, x):  # (N, T+1) ids -> N lines
-        return ["".join(self.symbols[i] for i in row).strip() for row in x.tolist()]
+    def to_lines(self, x):
+        """(N, T+1) ids -> N lines"""
+        lines = ["".join(self.symbols[i] for i in row) for row in x.tolist()]
+        return lines if self.level == "char" else [line.strip() for line in lines]
+
+    def mark(self, line):
+        """`+`: in the training text.  `*`: not in the language, if there is a grammar."""
+        if line in self.seen:
+            return "+"
+        return "*" if self.grammar and self.grammar.logp(line) == -math.inf else " "
 
 
 def real_tokens(x):
-    """(B, T+1) ids -> (B, T) mask of the tokens that count: the text and its END, if not cut.
+    """(B, T+1) ids -> (B, T) mask of what counts: the text, and its END if it is not cut.
 
     x[:, :-1]        END  the  dog  runs  .    END  END    what the model reads
     x[:, 1:]         the  dog  runs  .    END  END  END    what it should say next
@@ -165,70 +251,102 @@ def real_tokens(x):
     return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1].ne(END)], 1).float()
 
 
+def at_end(values, x):
+    """(B, T) values of prefixes, (B, T+1) ids -> (B,): that of the whole sentence."""
+    last = real_tokens(x).sum(1, keepdim=True).long() - 1
+    return values.gather(1, last)[:, 0]
+
+
 def trim(x):
     """Without the columns in which no row has a real token."""
-    return x[:, :int(real_tokens(x).sum(1).max()) + 1].long()
+    longest = int(real_tokens(x).sum(1).max())
+    return x[:, :longest + 1].long()
 
 
 def batches(x, size):
-    """Endless shuffled batches of row numbers, each of rows of like length: little padding."""
+    """Endless shuffled batches of row numbers, of rows of like length: little padding."""
     while True:
         for rows in torch.randperm(len(x), device=x.device).split(16 * size):
-            rows = rows[:max(1, len(rows) // size) * size]  # a short rest waits for next time
+            rows = rows[:max(1, len(rows) // size) * size]  # a rest waits for the next time
             sets = rows[real_tokens(x[rows]).sum(1).argsort()].split(size)
             for i in torch.randperm(len(sets)):
                 yield sets[i]
 
 
-# ---- 3 generator: a GPT --------------------------------------------------------------------------
+# ---- 3 generator: a GPT with a memory ----------------------------------------------------
 class Block(nn.Module):
+    """Attention to the tokens before, then a small network on each token."""
+
     def __init__(self, C):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
 
-    def forward(self, x, past=None):  # (B, T, C); past: keys and values of the tokens before
+    def forward(self, x, mask=None, past=None):
+        """(B, T, C) -> (B, T, C), and the keys and values: those of `past`, and its own."""
         B, T, C = x.shape
-        qkv = self.qkv(self.ln1(x)).view(B, T, 3, C // 32, 32)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, 32) each
+        qkv = self.qkv(self.ln1(x)).view(B, T, 3, C // HEAD, HEAD)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, HEAD)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        causal = mask is None and past is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp(self.ln2(x)), (k, v)
 
 
 class GPT(nn.Module):
-    """Pre-norm transformer (Radford et al. 2019); its head is its token embedding, transposed."""
-    def __init__(self, V, context, layers, C):
+    """A transformer (Radford et al. 2019); its head is its token embedding, transposed.
+
+    memory: how many tokens a layer's attention sees, the last one included; 0: all.  With L
+    layers a word can depend on the L * (memory - 1) + 1 tokens before it."""
+
+    def __init__(self, V, context, layers, width, memory=0):
         super().__init__()
-        self.shape = V, context, layers, C
-        self.token = nn.Embedding(V, C)
-        self.position = nn.Embedding(context + 1, C)
-        self.blocks = nn.ModuleList(Block(C) for _ in range(layers))
-        self.ln = nn.LayerNorm(C)
+        self.shape = V, context, layers, width, memory  # what to build it from again
+        self.V, self.context, self.width, self.memory = V, context, width, memory
+        self.token = nn.Embedding(V, width)
+        self.position = nn.Embedding(context + 1, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.ln = nn.LayerNorm(width)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def embed(self, x, start=0):  # (B, T) ids -> (B, T, C)
+    def embed(self, x, start=0):
+        """(B, T) ids -> (B, T, C)"""
         return self.token(x) + self.position.weight[start:start + x.shape[1]]
 
-    def trunk(self, h, cache=None):  # (B, T, C) -> (B, T, C), and the cache for the tokens to come
-        new_cache = []
-        for i, block in enumerate(self.blocks):
-            h, keys_and_values = block(h, cache[i] if cache else None)
-            new_cache.append(keys_and_values)
-        return self.ln(h), new_cache
+    def trunk(self, h):
+        """(B, T, C) -> (B, T, C)"""
+        mask = None  # sees all before
+        if self.memory:
+            i = torch.arange(h.shape[1], device=h.device)
+            steps_back = i[:, None] - i[None, :]
+            mask = (steps_back >= 0) & (steps_back < self.memory)  # (T, T)
+        for block in self.blocks:
+            h, _ = block(h, mask)
+        return self.ln(h)
 
-    def forward(self, x):  # (B, T) ids -> (B, T, V) logits of the token after each
-        return self.trunk(self.embed(x))[0] @ self.token.weight.T
+    def forward(self, x):
+        """(B, T) ids -> (B, T, V) logits of the token after each"""
+        return self.trunk(self.embed(x)) @ self.token.weight.T
+
+    def next_token(self, x, t, cache):
+        """(B, 1) ids, the t-th tokens, and the keys and values of those before ->
+        (B, V) logits of the token after, and the keys and values that it will look at."""
+        h, new_cache = self.embed(x, start=t), []
+        for block, past in zip(self.blocks, cache):
+            h, (k, v) = block(h, past=past)
+            forget = max(0, k.shape[2] - self.memory + 1) if self.memory else 0
+            new_cache.append((k[:, :, forget:], v[:, :, forget:]))
+        return self.ln(h[:, -1]) @ self.token.weight.T, new_cache
 
 
 def decoded(logits, temperature=1.0, min_p=0.0):
-    """log q of every next token, (..., V) logits -> (..., V), at a temperature and after the cut of
-    min-p (Nguyen et al. 2024): tokens below min_p times the likeliest's probability get 0."""
+    """(..., V) logits -> (..., V) log q, at a temperature and after a cut, min-p (Nguyen et
+    al. 2024): no token below min_p times the likeliest one's probability is written."""
     logp = (logits / temperature).log_softmax(-1)
     if min_p > 0:
         too_rare = logp < logp.amax(-1, keepdim=True) + math.log(min_p)
@@ -238,45 +356,31 @@ def decoded(logits, temperature=1.0, min_p=0.0):
 
 def token_logp(model, x, temperature=1.0, min_p=0.0):
     """log q(x_t | x_<t) in nats: (B, T+1) ids -> (B, T), 0 after the end."""
-    logp = decoded(model(x[:, :-1]), temperature, min_p).gather(-1, x[:, 1:, None])[..., 0]
-    return logp.masked_fill(real_tokens(x) == 0, 0.0)
-
-
-def by_length(x, size):
-    """(N, T+1) ids -> lists of row numbers, each of rows of like length and not too many."""
-    return real_tokens(x).sum(1).argsort().split(max(1, min(128, AT_ONCE // (size * x.shape[1]))))
+    logp = decoded(model(x[:, :-1]), temperature, min_p)  # (B, T, V)
+    of_x = logp.gather(-1, x[:, 1:, None])[..., 0]
+    return of_x.masked_fill(real_tokens(x) == 0, 0.0)
 
 
 @torch.no_grad()
-def in_chunks(f, x, *hints, size=256, shape=()):
-    """f(x, *hints), (N, T+1) ids -> (N, T, *shape), few rows at a time; size: numbers a token."""
-    out = torch.zeros(len(x), x.shape[1] - 1, *shape, device=x.device)
-    for rows in by_length(x, size):
-        part = trim(x[rows])
-        T = part.shape[1] - 1
-        out[rows, :T] = f(part, *(h[rows, :T] for h in hints)).float()
-    return out
-
-
-def sequence_logp(model, x, *decoding):
-    """Exact log q(x) of whole sequences, (N, T+1) ids -> (N,); decoding: temperature, min_p."""
-    return in_chunks(lambda part: token_logp(model, part, *decoding), x, size=model.shape[0]).sum(1)
-
-
-@torch.no_grad()
-def sample(model, n, temperature=1.0, min_p=0.0):
-    """n sequences -> (n, T+1) ids, and (n, T) the log q of each token that was drawn."""
-    V, T = model.shape[:2]
+def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
+    """n sequences -> (n, T+1) ids, and (n, T) log q of each token: what the model thought
+    of it.  prompt: ids that every sequence begins with; the model reads them."""
+    V, T, layers = model.shape[:3]
     out = torch.full((n, T + 1), END, device=model.token.weight.device)
     logq = torch.zeros(n, T, device=out.device)
-    for rows in torch.arange(n, device=out.device).split(max(1, AT_ONCE // (64 * T + 8 * V))):
-        x, cache = out[rows, :1], None
+    at_once = max(1, AT_ONCE // (64 * T + 8 * V))
+    for rows in torch.arange(n, device=out.device).split(at_once):
+        x, cache = out[rows, :1], [None] * layers
         for t in range(T):
-            h, cache = model.trunk(model.embed(x, start=t), cache)
-            logp = decoded(h[:, -1] @ model.token.weight.T, temperature, min_p)  # (rows, V)
-            total = logp.exp().cumsum(-1)  # a draw: where in it a uniform number falls
-            x = torch.searchsorted(total, total[:, -1:] * torch.rand_like(total[:, :1]), right=True)
-            out[rows, t + 1], logq[rows, t] = x[:, 0], logp.gather(1, x)[:, 0]
+            logits, cache = model.next_token(x, t, cache)
+            logp = decoded(logits, temperature, min_p)  # (rows, V)
+            total = logp.exp().cumsum(-1)  # a draw: where in it does a uniform number fall?
+            uniform = torch.rand_like(total[:, :1]) * total[:, -1:]
+            x = torch.searchsorted(total, uniform, right=True)
+            if t < len(prompt):
+                x = torch.full_like(x, prompt[t])
+            out[rows, t + 1] = x[:, 0]
+            logq[rows, t] = logp.gather(1, x)[:, 0]
             going = x[:, 0].ne(END).nonzero()[:, 0]  # here alone the host waits for a GPU
             if len(going) == 0:
                 break
@@ -285,416 +389,594 @@ def sample(model, n, temperature=1.0, min_p=0.0):
     return out, logq
 
 
-# ---- 4 discriminators: (B, T+1) ids, (B, T, 2) hints -> (B, T) logits, one for each x_1..x_t -----
-def hints_of(ref, x):
-    """What the frozen generator thought: (N, T+1) ids -> (N, T, 2): how far log q_ref(x_t | x_<t)
-    is above its mean; that mean (-entropy).  With plain log q_ref D starts later, if at all."""
+def by_length(x, size):
+    """(N, T+1) ids -> lists of row numbers, of rows of like length and not too many."""
+    at_once = max(1, min(128, AT_ONCE // (size * x.shape[1])))
+    return real_tokens(x).sum(1).argsort().split(at_once)
+
+
+@torch.no_grad()
+def in_chunks(f, x, *others, size=256, shape=()):
+    """f(x, *others) without a gradient, few rows at a time: (N, T+1) ids -> (N, T, *shape).
+    size: how many numbers f makes of a token."""
+    out = torch.zeros(len(x), x.shape[1] - 1, *shape, device=x.device)
+    for rows in by_length(x, size):
+        part = trim(x[rows])
+        T = part.shape[1] - 1
+        out[rows, :T] = f(part, *(other[rows, :T] for other in others)).float()
+    return out
+
+
+def logp_of(model, x, *decoding):
+    """token_logp() without a gradient, few rows at a time: (N, T+1) ids -> (N, T)"""
+    return in_chunks(lambda part: token_logp(model, part, *decoding), x, size=model.V)
+
+
+# ---- 4 discriminators --------------------------------------------------------------------
+def discriminator(f, x, hints, logq):
+    """D's logit for every prefix x_1..x_t, (B, T):   logit = f + log p0 - log q
+
+    f: a learned correction.  hints (B, T, 2): what the frozen p0 thinks of each token.
+    logq (B, T): what G, as it is now, thinks of it.
+    D is best where logit = log p/q (see discriminator_loss), so f has to learn log p/p0,
+    what p0 still gets wrong.  That does not depend on q: G may move, D need not run after.
+    As a reward -log q/p0 is RLHF's anchor, the KL to a reference; and p0 e^f, normalised,
+    is a residual energy-based model (Deng et al. 2020)."""
+    logp0 = hints.sum(-1)
+    return f(x, hints) + (logp0 - logq).cumsum(1)
+
+
+def hints_of(p0, x):
+    """(N, T+1) ids -> (N, T, 2): how far log p0(x_t | x_<t) is above its mean over p0, and
+    that mean (-entropy).  Their sum is log p0(x_t | x_<t).  0 after the end."""
     def both(part):
-        logq = ref(part[:, :-1]).log_softmax(-1)
-        mean = (logq.exp() * logq).sum(-1)
-        above = logq.gather(-1, part[:, 1:, None])[..., 0] - mean
+        logp = p0(part[:, :-1]).log_softmax(-1)  # (B, T, V)
+        mean = (logp.exp() * logp).sum(-1)
+        above = logp.gather(-1, part[:, 1:, None])[..., 0] - mean
         return torch.stack([above, mean], -1) * real_tokens(part)[..., None]
-    return in_chunks(both, x, size=ref.shape[0], shape=(2,))
+    return in_chunks(both, x, size=p0.V, shape=(2,))
 
 
-class PrefixDiscriminator(nn.Module):
-    """A language model with a verdict for a head: logit_t estimates log(p/q_ref) of x_1..t.  It is
-    a copy of a generator and reads the hints: what is left to learn is where q_ref is wrong."""
-    def __init__(self, generator):
+class Correction(nn.Module):
+    """f as a language model with one number for a head, at every prefix: a copy of p0 that
+    reads the hints.  The head begins at 0, and D as the ratio of two language models."""
+
+    def __init__(self, p0):
         super().__init__()
-        C = generator.shape[-1]
-        self.lm, self.hints, self.head = deepcopy(generator), nn.Linear(2, C), nn.Linear(C, 1)
+        self.lm, self.width = deepcopy(p0), p0.width
+        self.hints = nn.Linear(2, p0.width)
+        self.head = nn.Linear(p0.width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, x, hints):
-        h = self.lm.embed(x) + F.pad(self.hints(hints / 3), (0, 0, 1, 0))  # /3: to be about 1
-        return self.head(self.lm.trunk(h)[0])[:, 1:, 0]
+        """(B, T+1) ids, (B, T, 2) -> (B, T)"""
+        h = self.lm.embed(x)
+        h[:, 1:] += self.hints(hints / 3)  # read with their tokens; / 3: to be about 1
+        return self.head(self.lm.trunk(h))[:, 1:, 0]
 
 
-class CNNDiscriminator(nn.Module):
-    """Kim (2014), as in SeqGAN: one verdict, at the last token, 0 before; it ignores the hints."""
-    def __init__(self, generator):
+class CNNCorrection(nn.Module):
+    """f as SeqGAN's D (Kim 2014): one number for a whole sentence, 0 before.  No hints."""
+
+    def __init__(self, p0):
         super().__init__()
-        V, _, _, C = generator.shape
-        self.token = nn.Embedding(V, C, padding_idx=END)  # 0 for END: what pads says nothing
-        self.convolutions = nn.ModuleList(nn.Conv1d(C, C, w, padding=w) for w in (2, 3, 4, 5))
+        C = self.width = p0.width
+        self.token = nn.Embedding(p0.V, C, padding_idx=END)  # END is 0: pads say nothing
+        convolutions = [nn.Conv1d(C, C, width, padding=width) for width in (2, 3, 4, 5)]
+        self.convolutions = nn.ModuleList(convolutions)
         self.head = nn.Linear(4 * C, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, x, hints):
+        """(B, T+1) ids, (B, T, 2) -> (B, T)"""
         h = self.token(x[:, 1:]).transpose(1, 2)  # (B, C, T)
         h = torch.cat([conv(h).relu().amax(2) for conv in self.convolutions], 1)  # (B, 4C)
-        return self.head(h) * F.one_hot(real_tokens(x).sum(1).long() - 1, x.shape[1] - 1)
+        is_last = real_tokens(x) - F.pad(real_tokens(x)[:, 1:], (0, 1))
+        return self.head(h) * is_last
 
 
-# ---- 5 objectives: pure functions, each with its equation ----------------------------------------
-# D learns log p/q of every prefix (discriminator_loss).  A token's reward is by how much it raised
-# that (token_rewards); its advantage, how much better than usual things went from there on
-# (advantages).  A draw has no gradient, so none flows back through D: the model makes each token
-# that it drew more likely in proportion to its advantage (policy_gradient_loss).
+# ---- 5 objectives: pure functions, each with its equation --------------------------------
 def likelihood_loss(logp):
     """MLE: -sum_t log q(x_t | x_<t), nats a sequence; (B, T) -> scalar."""
-    return -logp.sum(1).mean()  # not the mean over tokens: it would favour batches of short rows
+    return -logp.sum(1).mean()  # a mean over tokens would favour batches of short rows
 
 
 def discriminator_loss(logits, is_real, mask):
-    """-log D(real) - log(1 - D(fake)) of each prefix, D = sigmoid(logit) (Goodfellow et al. 2014,
-    eq. 1).  Half of what D reads is real, so the best D is p/(p+q) and its logit is log p/q.
-    (B, T), (B,) bool, (B, T) -> scalar."""
+    """-log D(real) - log(1 - D(fake)) of each prefix, D = sigmoid(logit) (Goodfellow et al.
+    2014, eq. 1); a sum over the sentence, so that a prefix weighs the same however long its
+    sentence is.  Half of the sentences are real: the best D is p/(p+q), its logit log p/q.
+    (B, T), (B,) bool, (B, T) -> scalar; ln 2 a prefix where D has no opinion."""
     loss = F.softplus(torch.where(is_real[:, None], -logits, logits))
-    return (loss * mask).sum() / mask.sum()  # as lengths are alike, a sentence counts, not a token
+    return (loss * mask).sum(1).mean()
 
 
-def token_rewards(logits, mask):
-    """r_t = logit(x_1..t) - logit(x_1..t-1): by how much a token raised what D takes for log p/q,
-    0 for the empty prefix.  (B, T) -> (B, T)."""
-    return (logits - F.pad(logits[:, :-1], (1, 0))) * mask
+def value(logits, reward="js"):
+    """How good a prefix looks to D; any shape -> the same.  If D is the best one, then by
+    js     -log(1 - D)           G descends 2 JS(p, q) in nats: Goodfellow's game;
+    logit  log D - log(1 - D)    G descends KL(q || p): right sentences, not all kinds;
+    prob   D                     SeqGAN's choice, no divergence with a name."""
+    return {"js": F.softplus(logits), "logit": logits, "prob": logits.sigmoid()}[reward]
 
 
-def advantages(rewards, logp, logp_ref, mask, kl_coef=1.0, lam=1.0):
-    """A_t = sum_{k>=t} lam^(k-t) (r_k - kl_coef log [q/q_ref](x_k|x_<k)) - baseline_t.
-    With kl_coef 1 and lam 1 the expected sum is -KL(q || q_ref D/(1-D)), highest at q = q_ref
-    D/(1-D), which is p if D is optimal.  Then p is the optimum for any lam; less lam, less noise.
-    The baseline is the batch mean at each position.  No division by the deviation: with D at chance
-    it would blow noise up to full-size steps.  (B, T) each -> (B, T), data: without gradient."""
-    A = (rewards - kl_coef * (logp - logp_ref)).detach() * mask
+def token_rewards(logits, mask, reward="js"):
+    """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  They
+    add up to the value of the sentence, less a constant.  (B, T) -> (B, T)."""
+    before = F.pad(logits[:, :-1], (1, 0))  # of the empty prefix: logit 0, p = q = 1
+    return (value(logits, reward) - value(before, reward)) * mask
+
+
+def advantages(rewards, mask, lam=1.0):
+    """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: did it go better than usual from here?
+    The baseline is the mean of the *other* sequences at that place: it must not depend on
+    the draw that it judges.  lam < 1: less noise, but only the near future counts.
+    No division by the deviation: it would blow mere noise up.  (B, T) -> (B, T)."""
+    A = rewards * mask
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
-    baseline = A.sum(0) / mask.sum(0).clamp(min=1)
-    return (A - baseline) * mask
+    n = mask.sum(0).clamp(min=2)  # how many sequences have such a token, (T,)
+    above_mean = A - A.sum(0) / n
+    return above_mean * n / (n - 1) * mask  # the mean of the others is that much farther
 
 
-def policy_gradient_loss(logp, advantage):
-    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t), (B, T) -> scalar.  As grad E_q[R] is
-    E_q[R grad log q], its gradient is that of minus the expected return; its value is no score."""
-    return -(advantage * logp).sum(1).mean()
+def policy_gradient_loss(logq, advantage):
+    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t); (B, T) -> scalar.  As
+    grad E_q[R] = E_q[R grad log q], its descent climbs the reward.  It is no score."""
+    return -(advantage * logq).sum(1).mean()
 
 
-# ---- 6 training ----------------------------------------------------------------------------------
-def update(model, adam, step, steps, peak):
-    """One step of AdamW along the gradients that were added up; none where one is not finite.
-    The learning rate rises to `peak` in 20 steps and falls to 0 along a cosine."""
+# ---- 6 training --------------------------------------------------------------------------
+def adamw(module):
+    return torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), fused=True)
+
+
+def update(module, adam, step, steps, lr):
+    """One step of AdamW along the gradients that were added up; none if one is not finite.
+    The rate rises for 20 steps and falls to 0 along a cosine; wide models: a lower one."""
     rise = min(1, (step + 1) / 20)
     fall = (1 + math.cos(math.pi * step / steps)) / 2
-    adam.param_groups[0]["lr"] = peak * rise * fall
-    if nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+    adam.param_groups[0]["lr"] = lr * rise * fall * min(1, 64 / module.width)
+    if nn.utils.clip_grad_norm_(module.parameters(), 10.0).isfinite():
         adam.step()
     adam.zero_grad()
 
 
-def fit(model, x, loss_of, score, held_out, steps, lr, cfg):
-    """Descend loss_of(rows of x); ends at the least held_out()[score] of the start and 16 looks."""
-    adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
-    best, best_state = held_out(), deepcopy(model.state_dict())
-    for step, rows in zip(tqdm(range(steps), score, disable=None), batches(x, cfg.batch_size)):
-        loss_of(rows).backward()
-        update(model, adam, step, steps, lr)
-        if (step + 1) % max(10, math.ceil(steps / 16)) == 0 or step + 1 == steps:
-            figures = held_out()
-            if figures[score] <= best[score]:
-                best, best_state = figures, deepcopy(model.state_dict())
-    model.load_state_dict(best_state)
-    return best
+def likelihood(model, data, steps, cfg):
+    """Train `model` by likelihood.  It ends as it was at its best look at held-out text."""
+    adam = adamw(model)
+    turn = batches(data.train, cfg.batch_size)
+    look_every = max(10, math.ceil(steps / 16))
+    nll, best = [], None
+
+    for step in tqdm(range(steps + 1), disable=None):
+        if step % look_every == 0 or step == steps:
+            nll.append(-logp_of(model, data.val).sum(1).mean().item())  # nats a sentence
+            if nll[-1] == min(nll):
+                best = deepcopy(model.state_dict())
+        if step == steps:
+            break
+
+        x = trim(data.train[next(turn)])
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
+            loss = likelihood_loss(token_logp(model, x))
+        loss.backward()
+        update(model, adam, step, steps, cfg.lr)
+
+    model.load_state_dict(best)
+    return {"steps": steps, "held-out nll": nll}
 
 
-def train_likelihood(model, text, steps, lr, cfg):
-    """MLE on text["train"], stopped early on text["val"]."""
-    def loss(rows):
-        logp = token_logp(model, trim(text["train"][rows]))
-        return likelihood_loss(logp) / 10  # so that clipping at 1 is rare; Adam ignores the scale
+def adversarial(model, f, p0, data, cfg):
+    """The game: G (`model`) and D (through its correction `f`) take turns."""
+    start, curves = deepcopy(model), []
+    adam_g, adam_d = adamw(model), adamw(f)
+    turn = batches(data.train, cfg.batch_size)
 
-    def held_out():
-        return {"val_nll": -sequence_logp(model, text["val"]).mean().item()}
+    for step in tqdm(range(cfg.g_steps), "game", disable=None):
+        # (1) G writes: x (n, T+1), and logq (n, T), what it thought of each token.
+        x, logq = sample(model, cfg.g_samples)
+        hints, mask = hints_of(p0, x), real_tokens(x)
+        n = len(x)
 
-    return fit(model, text["train"], loss, "val_nll", held_out, steps, lr, cfg)
+        # (2) D learns to tell real sentences from these.  No gradient reaches G here.
+        d_loss = []
+        for _ in range(cfg.d_steps):
+            real = data.train[next(turn)].long()
+            fake = x[torch.randint(n, (len(real),), device=x.device)]
+            both = trim(torch.cat([real, fake]))
+            is_real = torch.arange(len(both), device=x.device) < len(real)
+            logits = discriminator(f, both, hints_of(p0, both), logp_of(model, both))
+            loss = discriminator_loss(logits, is_real, real_tokens(both))
+            loss.backward()
+            update(f, adam_d, step, cfg.g_steps, cfg.d_lr)
+            d_loss.append(loss.item() / real_tokens(both).sum(1).mean().item())
 
+        # (3) Rewards (n, T): by how much each token raised D's opinion.
+        logits = in_chunks(lambda *text: discriminator(f, *text), x, hints, logq)
+        rewards = token_rewards(logits, mask, cfg.reward)
 
-def verdict(disc, x, hints):
-    """D's logit on whole sentences, the one at the last token: (N, T+1) ids -> (N,)."""
-    last = real_tokens(x).sum(1, keepdim=True).long() - 1
-    return in_chunks(disc, x, hints).gather(1, last)[:, 0]
+        # (4) Advantages (n, T): above 0 if it went better than usual from that token on.
+        A = advantages(rewards, mask, cfg.lam)
 
-
-def judged(real, fake):
-    """D's verdicts on held-out sentences, (N,) and (M,) -> its loss (ln 2: no signal), the standard
-    error of that, and its accuracy.  1 - loss / ln 2 is the JS, in bits, that D has found."""
-    middle = (real.mean() + fake.mean()) / 2  # a constant changes no advantage: forgiven
-    loss_r, loss_f = F.softplus(middle - real), F.softplus(fake - middle)
-    error = (loss_r.var() / len(real) + loss_f.var() / len(fake)).sqrt() / 2
-    right = ((real > middle).float().mean() + (fake <= middle).float().mean()) / 2
-    return {"d_loss": (loss_r.mean() + loss_f.mean()).item() / 2, "d_loss_se": error.item(),
-            "d_acc": right.item()}
-
-
-def train_discriminator(disc, ref, real, fake, steps, cfg):
-    """The same loop, another loss: tell real from fake sentences, stopped early on held-out ones.
-    `real`, `fake`: dicts of train and val ids; `ref`: the generator whose hints D reads."""
-    turn = torch.arange(max(len(real["train"]), len(fake["train"])))  # the smaller is repeated
-    # Joined before batches() sorts by length: a batch then has reals and fakes of like length.
-    x = torch.cat([text["train"][turn % len(text["train"])] for text in (real, fake)])
-    is_real = torch.arange(len(x), device=cfg.device) < len(turn)
-    hints = hints_of(ref, x)
-    held = [(text["val"], hints_of(ref, text["val"])) for text in (real, fake)]
-
-    def loss(rows):
-        part = trim(x[rows])
-        logits = disc(part, hints[rows, :part.shape[1] - 1])
-        return discriminator_loss(logits, is_real[rows], real_tokens(part))
-
-    def held_out():
-        return judged(*(verdict(disc, *text) for text in held))
-
-    return fit(disc, x, loss, "d_loss", held_out, steps, cfg.gan_lr * 64 / cfg.width, cfg)
-
-
-def teach(disc, ref, data, steps, cfg):
-    """D learns to tell curated text from what `ref` writes."""
-    n = cfg.batch_size * steps // 2  # half of what D will read
-    fake = {"train": sample(ref, n)[0].short(), "val": sample(ref, 2000)[0]}
-    real = {"train": data.curated["train"][:n], "val": data.curated["val"]}
-    return train_discriminator(disc, ref, real, fake, steps, cfg)
-
-
-def train_generator(model, ref, disc, cfg):
-    """The loop once more, on the model's own samples: reinforcement learning in six steps."""
-    adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
-    stats = []
-    for step in tqdm(range(cfg.g_steps), "generator", disable=None):
-        x, logp = sample(model, cfg.g_samples)  # 1 the model writes
-        mask = real_tokens(x)
-        hints = hints_of(ref, x)  # 2 the reference reads it
-        logp_ref = hints.sum(-1)  # (log q_ref - its mean) + that mean
-        rewards = token_rewards(in_chunks(disc, x, hints), mask)  # 3 D reads both
-        A = advantages(rewards, logp, logp_ref, mask, cfg.kl_coef, cfg.lam)  # 4 better than usual?
-        for rows in by_length(x, ref.shape[0]):  # 5 make better tokens more likely
+        # (5) G learns: tokens with an advantage become more likely, others less.
+        for rows in by_length(x, model.V):
             part = trim(x[rows])
-            new_logp = token_logp(model, part)  # logp again, now with a gradient
-            loss = policy_gradient_loss(new_logp, A[rows, :part.shape[1] - 1])
-            (loss / 10 * len(rows) / len(x)).backward()  # / 10 as in train_likelihood()
-        stats.append(torch.stack([rewards, logp - logp_ref, -logp, mask]).sum(2).mean(1))
-        update(model, adam, step, cfg.g_steps, cfg.gan_lr * 64 / cfg.width)  # 6 a step
-    ends = [torch.stack(part).mean(0) for part in (stats[:10], stats[-10:])]  # first, last
-    return dict(zip(("reward", "kl_to_ref", "entropy", "tokens"), torch.stack(ends, 1).tolist()))
+            new_logq = token_logp(model, part)  # logq once more, now with a gradient
+            loss = policy_gradient_loss(new_logq, A[rows, :part.shape[1] - 1])
+            (loss * len(rows) / n).backward()
+        update(model, adam_g, step, cfg.g_steps, cfg.gan_lr)
+
+        curves.append(describe(x, logq, rewards, d_loss, start, data))
+        watch(curves, cfg.g_steps, data.to_lines(x[:2]), data)
+    names = curves[0] if curves else []
+    return {"curves": {name: [point[name] for point in curves] for name in names}}
 
 
-def why_undone(before, after, data, old, new):
-    """Why a round is not kept, or "".  A GAN is for being told apart less: the next D must not find
-    more on held-out text than the old one did, and likelihood and variety must not collapse."""
-    if math.log(2) - old["d_loss"] < 2 * old["d_loss_se"] + 0.001:  # + 0.001: fit() took the least
-        return "the discriminator was at chance"
-    torch.manual_seed(0)  # the same decision after --resume
-    nll, nll_before = (-sequence_logp(m, data.curated["val"]).mean() for m in (after, before))
-    unique, unique_before = (len(sample(m, 1000)[0].unique(dim=0)) for m in (after, before))
-    if nll > 1.05 * nll_before or unique < 0.9 * unique_before:
-        return "held-out likelihood or the variety of the samples collapsed"
-    return "the next discriminator finds more" if new["d_loss"] < old["d_loss"] else ""
+def describe(x, logq, rewards, d_loss, start, data):
+    """One point of each curve: means a sentence, before G's step of this turn."""
+    kl = logq[:256] - logp_of(start, x[:256])
+    point = {"reward": rewards.sum(1).mean().item(),
+             "kl_to_start": kl.sum(1).mean().item(),
+             "entropy": -logq.sum(1).mean().item(),
+             "tokens": real_tokens(x).sum(1).mean().item()}
+    if d_loss:
+        point["d_loss"] = sum(d_loss) / len(d_loss)
+    if data.grammar:
+        right = [data.grammar.logp(line) > -math.inf for line in data.to_lines(x[:50])]
+        point["valid"] = sum(right) / len(right)
+    return point
 
 
-# ---- 7 measurement -------------------------------------------------------------------------------
-def divergences(logp_p, logq_p, logp_q, logq_q, weight=1.0):
-    """From exact log p and log q on samples of p and of q: KL = E_p log p/q, nats, and the Jensen-
-    Shannon divergence (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2, bits (Lin 1991); standard
-    errors.  `weight`: how much each sample of q counts, 1 on average; terms: what JS averages."""
+def watch(curves, steps, lines, data):
+    """Ten times in a game: two samples, and the means since the last time."""
+    every = max(1, steps // 10)
+    if len(curves) % every == 0:
+        for line in lines:
+            tqdm.write(f"  {data.mark(line)} {line}")
+        means = [f"{name} {np.mean([point[name] for point in curves[-every:]]):.3f}"
+                 for name in curves[0]]
+        tqdm.write(f"turn {len(curves)}: " + ", ".join(means))
+
+
+# ---- 7 measurement -----------------------------------------------------------------------
+def divergences(logp_p, logq_p, logp_q, logq_q):
+    """From exact log p and log q, on samples of both: KL(p || q) = E_p log p/q in nats;
+    the Jensen-Shannon divergence (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2, in bits
+    (Lin 1991): 0 for the same, 1 for nothing in common; its standard error; and js_p,
+    js_q, what it averages.  (N,), (N,), (M,), (M,) -> a dict."""
     with np.errstate(invalid="ignore"):  # a cut can make q 0, and KL infinite
-        kl = logp_p - logq_p
-        kl_se = kl.std() / math.sqrt(len(kl))
-    js_p = 1 - np.logaddexp(0, -kl) / math.log(2)
-    js_q = weight * (1 - np.logaddexp(0, logp_q - logq_q) / math.log(2))
-    js_q = js_q - (weight - 1) * js_q.mean()  # same mean; adds to js_se the error of Z, estimated
-    js_se = math.sqrt(js_p.var() / len(js_p) + js_q.var() / len(js_q)) / 2
-    return {"kl": kl.mean(), "kl_se": kl_se, "js": (js_p.mean() + js_q.mean()) / 2, "js_se": js_se,
-            "terms": (js_p, js_q)}
+        kl = (logp_p - logq_p).mean()
+        js_p = 1 - np.logaddexp(0, logq_p - logp_p) / math.log(2)
+        js_q = 1 - np.logaddexp(0, logp_q - logq_q) / math.log(2)
+    error = math.sqrt(js_p.var() / len(js_p) + js_q.var() / len(js_q)) / 2
+    return {"kl": kl, "js": (js_p.mean() + js_q.mean()) / 2, "js_se": error,
+            "js_p": js_p, "js_q": js_q}
 
 
-def measure(model, first, decoding, data, cfg, disc=None):
-    """A row of the report for `model` at (temperature, min_p), and its samples as lines.  With
-    `disc` they are re-ranked: of four times as many some are drawn by the weight w = D/(1-D).  JS
-    and KL are those of a large pool: q w / Z (Deng et al. 2020), Z the mean of w."""
-    n = cfg.eval_samples
-    x, logq = sample(model, 4 * n if disc else n, *decoding)
-    logq, logq_real = logq.sum(1), sequence_logp(model, data.truth, *decoding)
-    drawn, weight = torch.arange(n), torch.ones(n)
-    if disc:
-        log_w, log_w_real = (verdict(disc, text, hints_of(model, text)) for text in (x, data.truth))
-        log_z = log_w.logsumexp(0) - math.log(len(x))
-        logq, logq_real = logq + log_w - log_z, logq_real + log_w_real - log_z
-        drawn, weight = log_w.softmax(0).multinomial(n).cpu(), (log_w - log_z).exp()
-    lines = data.to_lines(x)
-    kept = [lines[i] for i in drawn]
-    row = {"temperature": decoding[0], "min_p": decoding[1], "unique": len(set(kept)) / n,
-           "novel": np.mean([line not in data.seen for line in kept])}
+class Arm:
+    """What is compared: a model; or (f given) a choice by D among k of its samples.
+
+    One of k is taken with probability w / (sum of the k weights w), w = D / (1 - D).  That
+    writes x with probability k q(x) E[w(x) / (w(x) + the weights of k - 1 others)].  The
+    mean is over 1,000 sets of others: so log q is known for this arm too."""
+
+    def __init__(self, model, p0, f=None, k=1):
+        self.model, self.p0, self.f, self.k = model, p0, f, k
+
+    def write(self, n, decoding):
+        """(n, T+1) ids, and (n,) the log q of each."""
+        x, logq = sample(self.model, n * self.k, *decoding)
+        if self.f is None:
+            return x, logq.sum(1)
+        log_w = self.log_weights(x, logq)
+        place = torch.arange(0, n * self.k, self.k, device=x.device)
+        chosen = place + log_w.view(n, self.k).softmax(1).multinomial(1)[:, 0]
+        others = torch.randint(n * self.k, (1000, self.k - 1), device=x.device)
+        self.log_others = log_w[others].logsumexp(1)  # (1000,)
+        return x[chosen], self.chosen_logp(logq.sum(1)[chosen], log_w[chosen])
+
+    def logp(self, x, decoding):
+        """log q of any sentences, after write() of that decoding: (N, T+1) ids -> (N,)"""
+        logq = logp_of(self.model, x, *decoding)
+        if self.f is None:
+            return logq.sum(1)
+        return self.chosen_logp(logq.sum(1), self.log_weights(x, logq))
+
+    def log_weights(self, x, logq):
+        """log D/(1 - D), D's logit, of whole sentences: (N, T+1) ids, (N, T) -> (N,)"""
+        hints = hints_of(self.p0, x)
+        logits = in_chunks(lambda *text: discriminator(self.f, *text), x, hints, logq)
+        return at_end(logits, x)
+
+    def chosen_logp(self, logq, log_w):
+        share = (log_w[:, None] - self.log_others).sigmoid().mean(1)
+        return math.log(self.k) + logq + share.log()
+
+
+def judged(p0, x, real, data, cfg):
+    """For text without a grammar: a D trained anew on half of the samples tells the others
+    from real ones.  (n, T+1) and (N, T+1) ids -> its accuracy; 0.5: fooled."""
+    train, test = x[0::2], x[1::2]
+    steps = math.ceil(10 * len(train) / cfg.batch_size)  # each sample is read ten times
+    f = Correction(p0).to(cfg.device)
+    adam = adamw(f)
+    turns = batches(data.train, cfg.batch_size), batches(train, cfg.batch_size)
+    for step in range(steps):
+        both = trim(torch.cat([data.train[next(turns[0])], train[next(turns[1])]]))
+        is_real = torch.arange(len(both), device=x.device) < len(both) / 2
+        logits = f(both, hints_of(p0, both))
+        discriminator_loss(logits, is_real, real_tokens(both)).backward()
+        update(f, adam, step, steps, cfg.d_lr)
+    real, fake = (at_end(in_chunks(f, x, hints_of(p0, x)), x) for x in (real, test))
+    return ((real > 0).float().mean() + (fake <= 0).float().mean()).item() / 2
+
+
+def measure(arm, decoding, half, data, cfg):
+    """An arm at a decoding (temperature, min_p), against one half of the true sentences ->
+    its figures, and its samples as lines."""
+    start = time.time()
+    x, logq = arm.write(cfg.eval_samples, decoding)
+    seconds = time.time() - start
+    lines, truth = data.to_lines(x), data.truth[half::2]
+    logq_truth = arm.logp(truth, decoding).cpu().double().numpy()
+    logq = logq.cpu().double().numpy()
+    row = {"temperature": decoding[0], "min_p": decoding[1],
+           "novel": np.mean([line not in data.seen for line in lines]),
+           "distinct": len(set(lines)) / len(lines), "ms": 1000 * seconds / len(lines)}
     if data.grammar:
         logp = np.array([data.grammar.logp(line) for line in lines])
-        logq, logq_real, weight = (v.cpu().double().numpy() for v in (logq, logq_real, weight))
-        row |= {"valid": np.isfinite(logp[drawn]).mean(),
-                **divergences(data.truth_logp, logq_real, logp, logq, weight)}
+        row["valid"] = np.isfinite(logp).mean()
+        row |= divergences(data.truth_logp[half::2], logq_truth, logp, logq)
     else:
-        known = [word in data.words for line in kept for word in line.split()]
-        row |= {"words": np.mean(known or [0.0]), "nll": -logq_real.mean().item(),
-                **fresh_judge(model, first, x[drawn.to(x.device)], data, cfg)}
-    return row, kept
+        one, two = (judged(arm.p0, x, truth, data, cfg) for _ in range(2))
+        noise = 0.5 / math.sqrt(len(x) / 2), 0.5 / math.sqrt(len(truth))
+        known = [word in data.words for line in lines for word in line.split()]
+        row |= {"judge": max(0.5, (one + two) / 2),  # less than chance is noise
+                "judge_se": math.hypot(*noise, one - two) / 2,
+                "nll": -logq_truth.mean(), "words": np.mean(known or [0.0])}
+    return row, lines
 
 
-def fresh_judge(model, first, x, data, cfg):
-    """The accuracy of a D trained anew, 0.5: fooled; for all arms a copy of `first`, to be fair."""
-    n = len(x) // 4
-    fake, judge = {"train": x[2 * n:].short(), "val": x[n:2 * n]}, PrefixDiscriminator(first)
-    real = {**data.curated, "train": data.curated["train"][:4 * n]}
-    train_discriminator(judge.to(cfg.device), model, real, fake, min(500, cfg.d_steps), cfg)
-    sides = data.curated["test"], x[:n]
-    accuracy = judged(*(verdict(judge, side, hints_of(model, side)) for side in sides))["d_acc"]
-    return {"judge_acc": max(0.5, accuracy),  # less than 0.5 is noise
-            "judge_acc_se": math.sqrt(sum(1 / len(side) for side in sides)) / 4}
+# ---- 8 the answer ------------------------------------------------------------------------
+def measure_all(arms, score, data, cfg):
+    """{arm: {"plain": row, "best": row, "all": rows}}.  An arm's best decoding is chosen on
+    half of the true sentences and reported, like the plain one, on the other half."""
+    grid = list(itertools.product(cfg.temperatures, cfg.min_ps))
+    results = {}
+    for name, arm in arms.items():
+        torch.manual_seed(cfg.seed)
+        bar = tqdm(grid, f"measure {name}", disable=None)
+        rows = [measure(arm, decoding, 0, data, cfg)[0] for decoding in bar]
+        best = min(rows, key=lambda row: row[score])
+        plain, lines = measure(arm, grid[0], 1, data, cfg)
+        best, _ = measure(arm, (best["temperature"], best["min_p"]), 1, data, cfg)
+        results[name] = {"plain": plain, "best": best, "all": rows}
+        write(Path(cfg.out, f"samples_{name}.txt"), "\n".join([*lines, ""]))
+        shown = [f"  {data.mark(line)} {line}" for line in lines[:6]]
+        print("", f"{name} writes:", *shown, sep="\n", flush=True)
+    return results
 
 
-def show_report(rows):
-    """One line an arm, and the answer: does `gan` beat the best arm that is likelihood alone?"""
-    y, more = ("js", ["kl", "valid"]) if "js" in rows[0] else ("judge_acc", ["nll", "words"])
-    columns = "temperature", "min_p", y, y + "_se", *more, "novel", "unique"
-    print(f"\n{'':15}plain | best decoding\n{'':10}", *(f"{c:>12}" for c in (y, *columns)))
-    best = {}
-    for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        best[name] = min(mine, key=lambda row: row[y])
-        cells = mine[0][y], *(best[name][c] for c in columns)
-        print(f"{name:10}", *(f"{cell:12.3f}" for cell in cells))
-    gan, other = best["gan"], min((best["mle"], best["sft"], best["continued"]), key=lambda r: r[y])
-    gain, error = other[y] - gan[y], math.hypot(gan[y + "_se"], other[y + "_se"])
-    if y == "js":  # on the same true sentences: a paired difference
-        parts = other["terms"][0] - gan["terms"][0], other["terms"][1], gan["terms"][1]
+def show_table(results, score):
+    more = ["valid", "kl"] if score == "js" else ["words", "nll"]
+    columns = ["temperature", "min_p", *more, "novel", "distinct", "ms"]
+    print(f"\n{'':10} plain | at its best decoding\n{'':10} {score:>5} |", end="")
+    print(*(f"{name[:8]:>8}" for name in (score, "±", *columns)))
+    for name, result in results.items():
+        best = result["best"]
+        figures = [best[score], 1.96 * best[score + "_se"]]
+        figures += [best[column] for column in columns]
+        print(f"{name:10} {result['plain'][score]:.3f} |", *(f"{x:8.3f}" for x in figures))
+    print("±: half a 95 % interval; ms: milliseconds a sample; the rest: see the README")
+
+
+def verdict(results, score):
+    """Does `gan` beat the better of the arms that are likelihood alone?"""
+    gan = results["gan"]["best"]
+    rival = min("mle", "continued", key=lambda name: results[name]["best"][score])
+    other = results[rival]["best"]
+    gain = other[score] - gan[score]
+    error = math.hypot(gan[score + "_se"], other[score + "_se"])
+    if score == "js":  # on the same true sentences: a paired difference
+        parts = other["js_p"] - gan["js_p"], other["js_q"], gan["js_q"]
         error = math.sqrt(sum(part.var() / len(part) for part in parts)) / 2
-    luck = max(0.002, 2 * error)
+    luck = max(0.002, 1.96 * error)
     says = "wins" if gain > luck else "LOSES" if gain < -luck else "does NOT win"
-    print(f"\nBest {y}: gan {gan[y]:.3f}, {other['name']} {other[y]:.3f}, difference {gain:.3f} +- "
-          f"{error:.3f} (standard error; under {luck:.3f} is luck): the GAN phase {says}.")
+    return (f"Best {score}: gan {gan[score]:.3f}, {rival} {other[score]:.3f}, ratio "
+            f"{gan[score] / other[score]:.2f}; the difference is {gain:.3f} ± {luck:.3f}: "
+            f"the GAN phase {says}.")
 
 
-# ---- 8 the run -----------------------------------------------------------------------------------
-def write(path, save):
-    """What save(path) writes, whole or not at all: a full disk leaves the file that was there."""
+def draw(results, curves, score, path):
+    """report.png: each arm at each decoding, and the curves of the game."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: pip install matplotlib, then run this again with --resume")
+        return
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    shown = [name for name in ("reward", "d_loss", "entropy", "valid") if name in curves]
+    axes = figure.subplot_mosaic([["arms", name] for name in shown] or [["arms"]])
+    for place, (name, result) in enumerate(results.items()):
+        for row, marker, color in [*((row, ".", "0.6") for row in result["all"]),
+                                   (result["best"], "D", "C1" if name == "gan" else "C0")]:
+            axes["arms"].errorbar(row[score], place + 0.15 * (marker == "."), fmt=marker,
+                                  xerr=1.96 * row[score + "_se"], color=color)
+    axes["arms"].set_yticks(range(len(results)), list(results))
+    axes["arms"].invert_yaxis()
+    axes["arms"].set_xlabel(f"{score}, less is better; diamond: at its best decoding")
+    for name in shown:
+        axes[name].plot(range(1, len(curves[name]) + 1), curves[name], color="C1")
+        axes[name].set_ylabel(name)
+    if shown:
+        axes[shown[-1]].set_xlabel("turns of the game")
+    write(path, lambda new: figure.savefig(new, dpi=150, format="png"))
+
+
+# ---- 9 the run ---------------------------------------------------------------------------
+def write(path, content):
+    """A text, or what content(path) writes: whole or not at all, even on a full disk."""
     new = path.with_name(f".{path.name}.new")
-    save(new)
-    new.replace(path)
+    try:
+        if isinstance(content, str):
+            new.write_text(content, encoding="utf-8")
+        else:
+            content(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def begin_or_resume(cfg, data):
-    """Take the folder --out, or go on in it if the run there has the same flags and texts."""
-    file = Path(cfg.out, "config.json")
-    told = asdict(cfg) | {"out": "", "resume": "", "device": "", "symbols": data.symbols}
-    told["texts"] = [zlib.crc32(x.cpu().numpy()) for text in data.texts for x in text.values()]
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in told.items()]
-    if file.exists():
-        if not cfg.resume:
-            fail(f"--out {cfg.out}: there is a run already; expected --resume, or another folder")
-        for line in sorted({*lines} - {*read(file)[1:-1].split(",\n")}):
-            fail(f"--out {cfg.out}: the run there had other flags or texts than {line:.60}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, lambda new: new.write_text("{" + ",\n".join(lines) + "}"))
+def begin(cfg, data):
+    """Take the folder --out; or (--resume) check that the run there is the same."""
+    folder = Path(cfg.out)
+    mine = {name: value for name, value in asdict(cfg).items() if name not in (
+        "out", "resume", "device", "sample", "phase", "prompt", "temperature", "min_p")}
+    texts = data.train, data.val, data.truth
+    mine |= {"symbols": data.symbols, "text": [zlib.crc32(x.cpu().numpy()) for x in texts]}
+    if cfg.resume:
+        theirs = config_of(folder)
+        for name, value in mine.items():
+            if name not in ("symbols", "text") and value != theirs.get(name):
+                fail(f"argument --{name}: the run in {folder} has {theirs.get(name)}")
+        if (mine["symbols"], mine["text"]) != (theirs["symbols"], theirs["text"]):
+            fail(f"{cfg.data or 'the text'}: has changed since the run in {folder} began")
+    elif folder.is_dir() and any(folder.iterdir()):
+        fail(f"--out {folder}: is not empty; expected another folder, or --resume")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.json", json.dumps(mine, indent=1))
 
 
-def sized_to_text(cfg, data):
-    """Choose what was not given: for three minutes on the known language, for ten on other text."""
-    tokens = real_tokens(data.messy["train"][:2000]).sum(1).mean().item()
-    cost = tokens * (12 * cfg.layers * cfg.width**2 + cfg.width * len(data.symbols))
-    scale = 1 if data.grammar else min(3, 1.5e6 / cost)
-    chosen = {"pretrain_steps": 3000, "sft_steps": 1500, "d_steps": 800, "g_steps": 160}
-    chosen = {name: max(10, round(scale * steps)) for name, steps in chosen.items()}
-    chosen["temperatures"] = [1.0, 0.9] if data.grammar else [1.0]
-    chosen["min_ps"] = [0.0, 0.003, 0.01] if data.grammar else [0.0, 0.05]
-    for name in chosen:
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, chosen[name])
-    print("chosen:", *(f"{name} {getattr(cfg, name)}" for name in chosen))
+def config_of(folder):
+    file = Path(folder, "config.json")
+    if not file.exists():
+        fail(f"--out {folder}: there is no run; expected the folder of one")
+    try:
+        return json.loads(read(file))
+    except ValueError:
+        fail(f"{file} is damaged: delete {folder} and run again")
 
 
-def report(arms, records, data, cfg):
-    """Measure every arm with every decoding; print and write what comes out."""
-    rows, out = [], Path(cfg.out)
-    torch.manual_seed(cfg.seed)
-    grid = [(temperature, min_p) for temperature in cfg.temperatures for min_p in cfg.min_ps]
-    for name, (model, *disc) in arms.items():
-        print(f"\n{name} says (+ is in the training text, * is wrong by the grammar, if any):")
-        for decoding in tqdm(grid, name, disable=None):
-            row, lines = measure(model, arms["mle"][0], decoding, data, cfg, *disc)
-            rows.append({"name": name, **row})
-            tag = "" if decoding == grid[0] else "_{:g}_{:g}".format(*decoding)
-            write(out / f"samples_{name}{tag}.txt",
-                  lambda new: new.write_text("\n".join([*lines, ""]), encoding="utf-8"))
-            for line in [] if tag else lines[:8]:
-                wrong = data.grammar and data.grammar.logp(line) == -math.inf
-                print("  ", "+" if line in data.seen else "*" if wrong else " ", line)
-    show_report(rows)
-    rows = [{name: value if name == "name" or math.isfinite(value) else None
-             for name, value in row.items() if name != "terms"} for row in rows]
-    result = {"torch": torch.__version__, "config": asdict(cfg), "arms": rows, "rounds": records,
-              "entropy": -data.truth_logp.mean() if data.grammar else None}
-    write(out / "report.json", lambda new: new.write_text(json.dumps(result, indent=1)))
+def phase(name, model, train, cfg, records):
+    """`model` as train(model) leaves it, or as an earlier run did."""
+    file = Path(cfg.out, f"{name}.pt")
+    if not file.exists():
+        print(f"\n{name}", flush=True)
+        torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # a phase has its own
+        start = time.time()
+        record = train(model)
+        record["seconds"] = time.time() - start
+        write(file, lambda new: torch.save([record, model.shape, model.state_dict()], new))
+        for key in ("steps", "held-out nll", "seconds"):
+            if key in record:
+                print(f"  {key}: {np.round(record[key], 3)}", flush=True)
+    model, records[name] = load(file, cfg.device)
+    return model
+
+
+def load(file, device):
+    """The model of a finished phase, and its record."""
+    try:  # as data only: nothing in the file is run
+        record, shape, state = torch.load(file, map_location=device, weights_only=True)
+        model = GPT(*shape).to(device)
+        model.load_state_dict(state)
+        return model, record
+    except Exception as error:  # whatever a damaged or hostile file makes of itself
+        fail(f"{file} is no model of a run: delete it and --resume ({error!r:.60})")
 
 
 def main(argv=None):
     cfg = parse_flags(argv)
-    data = Data(cfg)
-    sized_to_text(cfg, data)
-    begin_or_resume(cfg, data)
-    records = {}
+    if cfg.sample:
+        return print_samples(cfg)
+    data, records = Data(cfg), {}
+    begin(cfg, data)
 
-    def phase(name, model, train, *how):
-        """`model` as train(model, *how) leaves it, or as an earlier run did."""
-        file = Path(cfg.out, f"{name}.pt")
-        if not file.exists():
-            print(f"\n{name}", flush=True)
-            torch.manual_seed(1000 * cfg.seed + sum(name.encode()))  # each phase has its own
-            start = time.time()
-            half = cfg.device == "cuda" and train != train_generator  # rewards need 32 bits
-            with torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
-                record = train(model, *how, cfg)
-            record["seconds"] = time.time() - start
-            print("  " + "\n  ".join(f"{k:10} {np.round(v, 3)}" for k, v in record.items()))
-            write(file, lambda new: torch.save([record, model.state_dict()], new))
-        try:  # as data only: nothing in it is run
-            records[name], state = torch.load(file, map_location=cfg.device, weights_only=True)
-            model.load_state_dict(state)
-        except Exception as error:  # whatever a damaged, foreign or hostile file makes of itself
-            fail(f"{file} is no model of this run ({error!r:.60})")
-        return model
+    def gpt(*shape):
+        torch.manual_seed(cfg.seed)
+        return GPT(len(data.symbols), cfg.context, *shape).to(cfg.device)
 
-    # 1 likelihood: on the messy text, then on the curated one
+    def mle_for(steps):
+        return lambda model: likelihood(model, data, steps, cfg)
+
+    def play(model):
+        return adversarial(model, f, p0, data, cfg) | {"f": f.state_dict()}
+
+    # likelihood; p0 is a model of its own unless G would be the same
+    small = gpt(cfg.layers, cfg.width, cfg.memory)
+    large = gpt(cfg.p0_layers, cfg.p0_width)
+    mle = phase("mle", small, mle_for(cfg.mle_steps), cfg, records)
+    p0 = mle
+    if small.shape != large.shape:
+        p0 = phase("p0", large, mle_for(cfg.p0_steps), cfg, records)
+
+    # the game, and the control: as much time in more likelihood
     torch.manual_seed(cfg.seed)
-    gpt = GPT(len(data.symbols), cfg.context, cfg.layers, cfg.width).to(cfg.device)
-    mle = phase("mle", gpt, train_likelihood, data.messy, cfg.pretrain_steps, cfg.lr)
-    sft = phase("sft", deepcopy(mle), train_likelihood, data.curated, cfg.sft_steps, cfg.lr / 4)
+    f = (CNNCorrection if cfg.disc == "cnn" else Correction)(p0).to(cfg.device)
+    gan = phase("gan", deepcopy(mle), play, cfg, records)
+    f.load_state_dict(records["gan"].pop("f"))
+    more = mle_for(cfg.continued_steps)
+    continued = phase("continued", deepcopy(mle), more, cfg, records)
 
-    # 2 the GAN: D warms up on the easier samples of mle, then both take turns
+    # the answer
+    arms = {"p0": Arm(p0, p0), "mle": Arm(mle, p0), "continued": Arm(continued, p0),
+            "gan": Arm(gan, p0), "reranked": Arm(mle, p0, f, cfg.best_of)}
+    answer(arms, records, data, cfg)
+
+
+def answer(arms, records, data, cfg):
+    score = "js" if data.grammar else "judge"
+    results = measure_all(arms, score, data, cfg)
+    says = "there is nothing to compare: no game was played"
+    if cfg.g_steps:
+        says = verdict(results, score)
+
+    def plain(row):  # for JSON: no arrays, and null for what is not finite
+        return {name: value if math.isfinite(value) else None
+                for name, value in row.items() if name not in ("js_p", "js_q")}
+
+    figures = {name: {"plain": plain(result["plain"]), "best": plain(result["best"]),
+                      "all": [plain(row) for row in result["all"]]}
+               for name, result in results.items()}
+    report = {"torch": torch.__version__, "config": asdict(cfg), "phases": records,
+              "arms": figures, "verdict": says}
+    write(Path(cfg.out, "report.json"), json.dumps(report, indent=1))
+    show_table(results, score)
+    print(f"\n{says}")
+    draw(results, records["gan"]["curves"], score, Path(cfg.out, "report.png"))
+
+
+def print_samples(cfg):
+    """--sample: what a model of the run in --out writes, after --prompt if there is one."""
+    run, file = config_of(cfg.out), Path(cfg.out, f"{cfg.phase}.pt")
+    if not file.exists():
+        fail(f"--phase {cfg.phase}: there is no {file}; expected a phase that is finished")
+    model, _ = load(file, cfg.device)
+    prompt = tokens_of(cfg.prompt, run["level"]) if cfg.prompt else []
+    for token in prompt:
+        if token not in run["symbols"]:
+            fail(f"argument --prompt: {token.strip()!r} is not in the text of {cfg.out}")
+    if len(prompt) > model.context:
+        fail(f"argument --prompt: {len(prompt)} tokens; expected at most {model.context}")
     torch.manual_seed(cfg.seed)
-    disc = CNNDiscriminator(mle) if cfg.disc == "cnn" else PrefixDiscriminator(mle)
-    disc = phase("warm_up", disc.to(cfg.device), teach, mle, data, cfg.d_steps)
-    disc = disc1 = phase("disc1", deepcopy(disc), teach, sft, data, cfg.d_steps)
-    gan = sft
-    for i in range(1, cfg.rounds + 1):
-        new = phase(f"gan{i}", deepcopy(gan), train_generator, gan, disc)
-        disc = phase(f"disc{i + 1}", deepcopy(disc), teach, new, data, cfg.d_steps)
-        why = why_undone(gan, new, data, records[f"disc{i}"], records[f"disc{i + 1}"])
-        records[f"gan{i}"]["kept"] = not why
-        print(f"\nround {i} is", f"undone: {why}" if why else "kept")
-        if why:
-            break
-        gan = new
-
-    # 3 the control: the GAN's time in more likelihood, two batches for each that D reads or a model
-    # writes (other text: three).  A curated text of its own is read often: a low rate suits that.
-    written = cfg.rounds * cfg.g_steps * cfg.g_samples // cfg.batch_size
-    work = (2 if data.grammar else 3) * (cfg.d_steps * (2 + cfg.rounds) + written) + cfg.sft_steps
-    rate = cfg.lr if data.curated is data.messy else cfg.lr / 16
-    continued = phase("continued", deepcopy(mle), train_likelihood, data.curated, work, rate)
-
-    report({"mle": [mle], "sft": [sft], "continued": [continued], "gan": [gan],
-            "reranked": [sft, disc1]}, records, data, cfg)
+    ids = [run["symbols"].index(token) for token in prompt]
+    x, _ = sample(model, cfg.sample, cfg.temperature, cfg.min_p, ids)
+    for row in x.tolist():
+        line = "".join(run["symbols"][i] for i in row)
+        print(line.strip() if run["level"] == "word" else line)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # an old terminal does not end a run
     try:
         main()
     except OSError as error:
-        fail(str(error))
+        fail(error)
     except torch.OutOfMemoryError:
         fail("the GPU is full: lower --batch_size, --context, --width or --layers")
     except KeyboardInterrupt:
-        sys.exit("stopped: finished phases are saved, --resume goes on from there")
+        print("stopped: --resume goes on from the last finished phase", file=sys.stderr)
+        sys.exit(130)

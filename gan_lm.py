@@ -22,7 +22,7 @@ takes that limit away.
 
 Shapes: B batch, T time, C channels, V vocabulary.  p: the truth, q: G, D: from 0 to 1.
 """
-import argparse, itertools, json, math, random, re, sys, time, zlib  # noqa: E401
+import argparse, itertools, json, math, os, random, re, sys, time, zlib  # noqa: E401
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -79,7 +79,7 @@ class Config:
     disc: str = flag("lm", "D's correction: a language model, a CNN", choices=["lm", "cnn"])
     reward: str = flag("js", "what G climbs: see value()", choices=["js", "logit", "prob"])
     g_steps: int = flag(None, "turns of the game; 0: no game", 0, 10**9)
-    g_samples: int = flag(1024, "sentences that G writes a turn", 2, 10**6)
+    g_samples: int = flag(None, "sentences that G writes a turn", 2, 10**6)
     d_steps: int = flag(2, "steps of D a turn; 0: D's correction stays 0", 0, 10**6)
     gan_lr: float = flag(3e-3, "peak learning rate of G, at width 64 or less", 0.0, 1.0)
     d_lr: float = flag(1e-3, "peak learning rate of D, at width 64 or less", 0.0, 1.0)
@@ -106,12 +106,12 @@ class Config:
 # brings to its end in half a minute.  Your text: what two cores do in about ten minutes.
 CHOSEN = {
     "grammar": {"layers": 1, "width": 32, "memory": 2, "p0_layers": 2, "p0_width": 64,
-                "mle_steps": 10_000, "p0_steps": 5000, "continued_steps": 11_000,
-                "g_steps": 200, "temperatures": [1.0, 1.15, 0.9, 0.8],
+                "mle_steps": 10_000, "p0_steps": 5000, "continued_steps": 10_500,
+                "g_steps": 200, "g_samples": 1024, "temperatures": [1.0, 1.15, 0.9, 0.8],
                 "min_ps": [0.0, 0.005, 0.02], "eval_samples": 8000},
-    "text": {"layers": 3, "width": 128, "memory": 16, "p0_layers": 3, "p0_width": 128,
-             "mle_steps": 4000, "p0_steps": 4000, "continued_steps": 2500,
-             "g_steps": 100, "temperatures": [1.0],
+    "text": {"layers": 2, "width": 128, "memory": 0, "p0_layers": 2, "p0_width": 128,
+             "mle_steps": 3000, "p0_steps": 3000, "continued_steps": 800,
+             "g_steps": 80, "g_samples": 256, "temperatures": [1.0, 0.8],
              "min_ps": [0.0, 0.05], "eval_samples": 2000}}
 
 
@@ -195,7 +195,11 @@ class Data:
 
     def from_grammar(self, rules, lines, cfg):
         """Sentences to learn (if there is no text), true ones to measure by, all words."""
-        from tiny_data.language import Grammar  # the only use of that folder's code
+        try:
+            from tiny_data.language import Grammar  # the only use of that folder's code
+        except ImportError:
+            fail(f"--grammar {rules}: needs tiny_data/language.py beside gan_lm.py; "
+                 "expected it there, or --data with a text")
         words = {word for line in lines for word in line.split()}
         self.grammar = Grammar(read(rules), rules, known=words)
         if not lines:
@@ -694,22 +698,36 @@ class Arm:
         return math.log(self.k) + logq + share.log()
 
 
-def judged(p0, x, real, data, cfg):
-    """For text without a grammar: a D trained anew on half of the samples tells the others
-    from real ones.  (n, T+1) and (N, T+1) ids -> its accuracy; 0.5: fooled."""
-    train, test = x[0::2], x[1::2]
-    steps = math.ceil(10 * len(train) / cfg.batch_size)  # each sample is read ten times
-    f = Correction(p0).to(cfg.device)
-    adam = adamw(f)
-    turns = batches(data.train, cfg.batch_size), batches(train, cfg.batch_size)
-    for step in range(steps):
-        both = trim(torch.cat([data.train[next(turns[0])], train[next(turns[1])]]))
-        is_real = torch.arange(len(both), device=x.device) < len(both) / 2
-        logits = f(both, hints_of(p0, both))
-        discriminator_loss(logits, is_real, real_tokens(both)).backward()
-        update(f, adam, step, steps, cfg.d_lr)
-    real, fake = (at_end(in_chunks(f, x, hints_of(p0, x)), x) for x in (real, test))
-    return ((real > 0).float().mean() + (fake <= 0).float().mean()).item() / 2
+@torch.no_grad()
+def features(p0, x):
+    """(N, T+1) ids -> (N, C+2): a sentence's mean of p0's last layer, and of its hints."""
+    out = torch.zeros(len(x), p0.width + 2, device=x.device)
+    for rows in by_length(x, p0.V):
+        part = trim(x[rows])
+        h = torch.cat([p0.trunk(p0.embed(part))[:, 1:], hints_of(p0, part)], -1)
+        mask = real_tokens(part)[..., None]
+        out[rows] = (h * mask).sum(1) / mask.sum(1)
+    return out
+
+
+def judged(p0, x, truth, data):
+    """For text without a grammar: a small network, trained anew, tells half of the samples
+    from real text.  (n, T+1), (N, T+1) ids -> its accuracy on the others; 0.5: fooled."""
+    fake, n = x[0::2], len(x[0::2])
+    real = data.train[torch.randperm(len(data.train), device=x.device)[:n]]
+    known = [features(p0, text) for text in (real, fake, truth, x[1::2])]
+    std, mean = torch.std_mean(torch.cat(known[:2]), 0)
+    known = [(text - mean) / (std + 1e-6) for text in known]
+    net = nn.Sequential(nn.Linear(p0.width + 2, 64), nn.GELU(), nn.Linear(64, 1))
+    net.to(x.device)
+    adam = torch.optim.AdamW(net.parameters(), lr=0.003, weight_decay=1.0)
+    for _ in range(100):
+        loss = F.softplus(-net(known[0])).mean() + F.softplus(net(known[1])).mean()
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+    right = (net(known[2]) > 0).float().mean() + (net(known[3]) <= 0).float().mean()
+    return right.item() / 2
 
 
 def measure(arm, decoding, half, data, cfg):
@@ -729,7 +747,7 @@ def measure(arm, decoding, half, data, cfg):
         row["valid"] = np.isfinite(logp).mean()
         row |= divergences(data.truth_logp[half::2], logq_truth, logp, logq)
     else:
-        one, two = (judged(arm.p0, x, truth, data, cfg) for _ in range(2))
+        one, two = (judged(arm.p0, x, truth, data) for _ in range(2))
         noise = 0.5 / math.sqrt(len(x) / 2), 0.5 / math.sqrt(len(truth))
         known = [word in data.words for line in lines for word in line.split()]
         row |= {"judge": max(0.5, (one + two) / 2),  # less than chance is noise
@@ -795,22 +813,24 @@ def draw(results, curves, score, path):
     except ImportError:
         print(f"no {path.name}: pip install matplotlib, then run this again with --resume")
         return
+    names = [name for name in ("reward", "d_loss", "entropy", "valid") if name in curves]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    shown = [name for name in ("reward", "d_loss", "entropy", "valid") if name in curves]
-    axes = figure.subplot_mosaic([["arms", name] for name in shown] or [["arms"]])
+    axes = figure.subplot_mosaic([["arms", name] for name in names] or [["arms"]])
+    arms = axes.pop("arms")
     for place, (name, result) in enumerate(results.items()):
-        for row, marker, color in [*((row, ".", "0.6") for row in result["all"]),
-                                   (result["best"], "D", "C1" if name == "gan" else "C0")]:
-            axes["arms"].errorbar(row[score], place + 0.15 * (marker == "."), fmt=marker,
-                                  xerr=1.96 * row[score + "_se"], color=color)
-    axes["arms"].set_yticks(range(len(results)), list(results))
-    axes["arms"].invert_yaxis()
-    axes["arms"].set_xlabel(f"{score}, less is better; diamond: at its best decoding")
-    for name in shown:
-        axes[name].plot(range(1, len(curves[name]) + 1), curves[name], color="C1")
-        axes[name].set_ylabel(name)
-    if shown:
-        axes[shown[-1]].set_xlabel("turns of the game")
+        for row in result["all"]:
+            error = 1.96 * row[score + "_se"]
+            arms.errorbar(row[score], place + 0.15, xerr=error, fmt=".", color="0.6")
+        best, color = result["best"], "C1" if name == "gan" else "C0"
+        error = 1.96 * best[score + "_se"]
+        arms.errorbar(best[score], place, xerr=error, fmt="D", color=color)
+    arms.set_yticks(range(len(results)), list(results))
+    arms.invert_yaxis()
+    arms.set_xlabel(f"{score}, less is better; diamond: at its best decoding")
+    for name, axis in axes.items():
+        axis.plot(range(1, len(curves[name]) + 1), curves[name], color="C1")
+        axis.set_ylabel(name)
+        axis.set_xlabel("turns of the game" if name == names[-1] else "")
     write(path, lambda new: figure.savefig(new, dpi=150, format="png"))
 
 
@@ -829,7 +849,7 @@ def write(path, content):
 
 
 def begin(cfg, data):
-    """Take the folder --out; or (--resume) check that the run there is the same."""
+    """Take the folder --out; or, to --resume, check that the run there is the same."""
     folder = Path(cfg.out)
     mine = {name: value for name, value in asdict(cfg).items() if name not in (
         "out", "resume", "device", "sample", "phase", "prompt", "temperature", "min_p")}
@@ -898,7 +918,7 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         return GPT(len(data.symbols), cfg.context, *shape).to(cfg.device)
 
-    def mle_for(steps):
+    def learn(steps):
         return lambda model: likelihood(model, data, steps, cfg)
 
     def play(model):
@@ -907,22 +927,24 @@ def main(argv=None):
     # likelihood; p0 is a model of its own unless G would be the same
     small = gpt(cfg.layers, cfg.width, cfg.memory)
     large = gpt(cfg.p0_layers, cfg.p0_width)
-    mle = phase("mle", small, mle_for(cfg.mle_steps), cfg, records)
+    mle = phase("mle", small, learn(cfg.mle_steps), cfg, records)
     p0 = mle
     if small.shape != large.shape:
-        p0 = phase("p0", large, mle_for(cfg.p0_steps), cfg, records)
+        p0 = phase("p0", large, learn(cfg.p0_steps), cfg, records)
 
     # the game, and the control: as much time in more likelihood
     torch.manual_seed(cfg.seed)
     f = (CNNCorrection if cfg.disc == "cnn" else Correction)(p0).to(cfg.device)
     gan = phase("gan", deepcopy(mle), play, cfg, records)
     f.load_state_dict(records["gan"].pop("f"))
-    more = mle_for(cfg.continued_steps)
+    more = learn(cfg.continued_steps)
     continued = phase("continued", deepcopy(mle), more, cfg, records)
 
     # the answer
-    arms = {"p0": Arm(p0, p0), "mle": Arm(mle, p0), "continued": Arm(continued, p0),
-            "gan": Arm(gan, p0), "reranked": Arm(mle, p0, f, cfg.best_of)}
+    arms = {"mle": Arm(mle, p0), "continued": Arm(continued, p0), "gan": Arm(gan, p0),
+            "reranked": Arm(mle, p0, f, cfg.best_of)}
+    if p0 is not mle:
+        arms["p0"] = Arm(p0, p0)
     answer(arms, records, data, cfg)
 
 
@@ -971,12 +993,18 @@ def print_samples(cfg):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # an old terminal does not end a run
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 5):
+        fail(f"torch {torch.__version__} is installed; expected 2.5 or newer")
     try:
         main()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(error)
-    except torch.OutOfMemoryError:
-        fail("the GPU is full: lower --batch_size, --context, --width or --layers")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        fail("out of memory: lower --width, --layers, --context or --batch_size")
     except KeyboardInterrupt:
         print("stopped: --resume goes on from the last finished phase", file=sys.stderr)
         sys.exit(130)

@@ -9,20 +9,33 @@ by the same D (`reranked`)?
     text --likelihood--> mle --the game: G and D in turn--> gan
                           |-----more likelihood-----------> continued
                           |-----a choice by D-------------> reranked
-    text --likelihood--> p0     a model with a longer memory, frozen: one half of D
+    text --likelihood--> p0     frozen, it helps D: by default with a longer memory than G
 
-Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which finish a prefix many times
-over to judge it.  Our D judges every prefix.  Added: D knows how likely each token was to
-G, and how likely to p0.  By default G's memory is too short for its language; `--memory 0`
-takes that limit away.
+By default G's memory is too short for its language: p0 knows what G cannot learn by
+likelihood.  `--memory 0` takes that limit away (and p0 is mle, where they are alike).
 
     python gan_lm.py                                # a language whose truth is known
     python gan_lm.py --data your.txt --level char   # your own text, one sequence a line
     python gan_lm.py --sample 9 --prompt "the dog"  # what a finished run has learned
 
+Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which finish a prefix many times
+over to judge it.  Our D judges every prefix.  Added: D knows G's probabilities, and p0's.
+
 Shapes: B batch, T time, C channels, V vocabulary.  p: the truth, q: G, D: from 0 to 1.
+logp: a log-probability in nats; logq: by G; logp0: by p0.
 """
-import argparse, itertools, json, math, os, random, re, sys, time, zlib  # noqa: E401
+import signal, sys  # noqa: E401
+
+
+def stop(*_):
+    print("stopped: --resume goes on from the last finished phase", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":  # Ctrl-C is one line from here on, also while torch is imported
+    signal.signal(signal.SIGINT, stop)
+
+import argparse, io, itertools, json, math, os, random, re, time, zlib  # noqa: E401, E402
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -37,7 +50,7 @@ TINY = Path(__file__).resolve().parent / "tiny_data"
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 END = 0  # one token begins, ends and pads a sequence
 HEAD = 32  # channels of an attention head
-AT_ONCE = 2**23  # rows x tokens x numbers a token, computed at a time: bounds memory
+AT_ONCE = 2**23  # numbers that a batch may need (rows x tokens x numbers a token): memory
 
 
 # ---- 1 configuration: each field is a flag of the same name ------------------------------
@@ -72,7 +85,7 @@ class Config:
     # likelihood
     mle_steps: int = flag(None, "likelihood steps of mle", 0, 10**9)
     p0_steps: int = flag(None, "likelihood steps of p0", 0, 10**9)
-    continued_steps: int = flag(None, "as many more: the game's time", 0, 10**9)
+    continued_steps: int = flag(None, "as many more, about the game's time", 0, 10**9)
     batch_size: int = flag(64, "sequences a step; real ones a step of D", 2, 10**6)
     lr: float = flag(4e-3, "peak learning rate, at width 64 or less", 0.0, 1.0)
     # the game
@@ -83,7 +96,7 @@ class Config:
     d_steps: int = flag(2, "steps of D a turn; 0: D's correction stays 0", 0, 10**6)
     gan_lr: float = flag(3e-3, "peak learning rate of G, at width 64 or less", 0.0, 1.0)
     d_lr: float = flag(1e-3, "peak learning rate of D, at width 64 or less", 0.0, 1.0)
-    lam: float = flag(1.0, "a token's share of the reward k tokens on is lam^k", 0.0, 1.0)
+    lam: float = flag(1.0, "discount: a reward k tokens later counts lam^k", 0.0, 1.0)
     # measurement
     best_of: int = flag(4, "`reranked` chooses one of so many samples", 2, 1000)
     temperatures: tuple = flag(None, "to measure, the plain first", 0.01, 100.0, nargs="+")
@@ -135,7 +148,7 @@ def parse_flags(argv=None):
         if getattr(cfg, name) % HEAD:
             fail(f"argument --{name}: {getattr(cfg, name)}: expected a multiple of {HEAD}")
     if cfg.disc == "cnn" and cfg.lam < 1:
-        fail("argument --lam: expected 1 with a CNN: its one verdict comes at the end")
+        fail("argument --lam: expected 1 with --disc cnn, whose f is 0 before the end")
     return cfg
 
 
@@ -200,8 +213,8 @@ class Data:
         except ImportError:
             fail(f"--grammar {rules}: needs tiny_data/language.py beside gan_lm.py; "
                  "expected it there, or --data with a text")
-        words = {word for line in lines for word in line.split()}
-        self.grammar = Grammar(read(rules), rules, known=words)
+        text_words = {word for line in lines for word in line.split()}
+        self.grammar = Grammar(read(rules), rules, known=text_words)
         if not lines:
             rng = random.Random(cfg.seed)
             bar = tqdm(range(cfg.sentences), "sentences", disable=None)
@@ -372,13 +385,13 @@ def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
     V, T, layers = model.shape[:3]
     out = torch.full((n, T + 1), END, device=model.token.weight.device)
     logq = torch.zeros(n, T, device=out.device)
-    at_once = max(1, AT_ONCE // (64 * T + 8 * V))
+    at_once = max(1, AT_ONCE // (64 * T + 8 * V))  # its cache, and a few copies of logits
     for rows in torch.arange(n, device=out.device).split(at_once):
         x, cache = out[rows, :1], [None] * layers
         for t in range(T):
             logits, cache = model.next_token(x, t, cache)
             logp = decoded(logits, temperature, min_p)  # (rows, V)
-            total = logp.exp().cumsum(-1)  # a draw: where in it does a uniform number fall?
+            total = logp.exp().cumsum(-1)  # multinomial(), but faster
             uniform = torch.rand_like(total[:, :1]) * total[:, -1:]
             x = torch.searchsorted(total, uniform, right=True)
             if t < len(prompt):
@@ -394,20 +407,21 @@ def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
 
 
 def by_length(x, size):
-    """(N, T+1) ids -> lists of row numbers, of rows of like length and not too many."""
-    at_once = max(1, min(128, AT_ONCE // (size * x.shape[1])))
+    """(N, T+1) ids -> lists of row numbers, of rows of like length and not too many.
+    size: how many numbers are computed for a token."""
+    at_once = max(1, min(128, AT_ONCE // (size * x.shape[1])))  # 128: fits a CPU's cache
     return real_tokens(x).sum(1).argsort().split(at_once)
 
 
 @torch.no_grad()
-def in_chunks(f, x, *others, size=256, shape=()):
-    """f(x, *others) without a gradient, few rows at a time: (N, T+1) ids -> (N, T, *shape).
-    size: how many numbers f makes of a token."""
+def in_chunks(function, x, *others, size=256, shape=()):
+    """function(x, *others) without a gradient, few rows at a time: (N, T+1) ids ->
+    (N, T, *shape).  size: how many numbers it computes for a token."""
     out = torch.zeros(len(x), x.shape[1] - 1, *shape, device=x.device)
     for rows in by_length(x, size):
         part = trim(x[rows])
         T = part.shape[1] - 1
-        out[rows, :T] = f(part, *(other[rows, :T] for other in others)).float()
+        out[rows, :T] = function(part, *(other[rows, :T] for other in others)).float()
     return out
 
 
@@ -418,21 +432,26 @@ def logp_of(model, x, *decoding):
 
 # ---- 4 discriminators --------------------------------------------------------------------
 def discriminator(f, x, hints, logq):
-    """D's logit for every prefix x_1..x_t, (B, T):   logit = f + log p0 - log q
+    """D's logit for every prefix x_1..t, (B, T):
 
-    f: a learned correction.  hints (B, T, 2): what the frozen p0 thinks of each token.
-    logq (B, T): what G, as it is now, thinks of it.
-    D is best where logit = log p/q (see discriminator_loss), so f has to learn log p/p0,
-    what p0 still gets wrong.  That does not depend on q: G may move, D need not run after.
-    As a reward -log q/p0 is RLHF's anchor, the KL to a reference; and p0 e^f, normalised,
-    is a residual energy-based model (Deng et al. 2020)."""
-    logp0 = hints.sum(-1)
+        logit_t = f(x_1..t) + log p0(x_1..t) - log q(x_1..t)
+
+    f: a learned correction.  hints (B, T, 2): what the frozen p0 thinks of each token, see
+    hints_of().  logq (B, T): what G, as it is now, thinks of it.
+
+    The best logit is log p/q (see discriminator_loss), and log p/q = log p/p0 + log p0/q.
+    The second part is known.  So f has to learn log p/p0, what p0 gets wrong; that stays as
+    it is while G moves: D need not run after G.  p0 e^f, normalised, is a residual
+    energy-based model (Deng et al. 2020); the game brings what it knows into G.  In RLHF
+    too the reward has a term - log q/p0: it keeps G near a reference, p0."""
+    logp0 = hints.sum(-1)  # of each token
     return f(x, hints) + (logp0 - logq).cumsum(1)
 
 
 def hints_of(p0, x):
     """(N, T+1) ids -> (N, T, 2): how far log p0(x_t | x_<t) is above its mean over p0, and
-    that mean (-entropy).  Their sum is log p0(x_t | x_<t).  0 after the end."""
+    that mean (-entropy); 0 after the end.  Together they are log p0(x_t | x_<t), but f
+    starts sooner with the two apart: is a token rare, or was any token rare there?"""
     def both(part):
         logp = p0(part[:, :-1]).log_softmax(-1)  # (B, T, V)
         mean = (logp.exp() * logp).sum(-1)
@@ -454,7 +473,8 @@ class Correction(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x, hints):
-        """(B, T+1) ids, (B, T, 2) -> (B, T)"""
+        """(B, T+1) ids, (B, T, 2) -> (B, T).  A prefix is judged once its last token has
+        been read: all T+1 ids go in, and what comes out at the first END is dropped."""
         h = self.lm.embed(x)
         h[:, 1:] += self.hints(hints / 3)  # read with their tokens; / 3: to be about 1
         return self.head(self.lm.trunk(h))[:, 1:, 0]
@@ -477,7 +497,8 @@ class CNNCorrection(nn.Module):
         """(B, T+1) ids, (B, T, 2) -> (B, T)"""
         h = self.token(x[:, 1:]).transpose(1, 2)  # (B, C, T)
         h = torch.cat([conv(h).relu().amax(2) for conv in self.convolutions], 1)  # (B, 4C)
-        is_last = real_tokens(x) - F.pad(real_tokens(x)[:, 1:], (0, 1))
+        mask = real_tokens(x)
+        is_last = mask - F.pad(mask[:, 1:], (0, 1))  # 1 where the next one does not count
         return self.head(h) * is_last
 
 
@@ -497,16 +518,19 @@ def discriminator_loss(logits, is_real, mask):
 
 
 def value(logits, reward="js"):
-    """How good a prefix looks to D; any shape -> the same.  If D is the best one, then by
-    js     -log(1 - D)           G descends 2 JS(p, q) in nats: Goodfellow's game;
-    logit  log D - log(1 - D)    G descends KL(q || p): right sentences, not all kinds;
-    prob   D                     SeqGAN's choice, no divergence with a name."""
+    """How good a prefix looks to D: what G climbs; any shape -> the same.  If D is the best
+    one (and held still while G moves), G then descends, m = (p+q)/2,
+    js     -log(1 - D)         KL(p || m) + KL(q || m) = 2 JS(p, q): Goodfellow's game
+    prob   D                   KL(p || m): half of that, SeqGAN's choice
+    logit  log D - log(1 - D)  KL(q || p): punishes what is wrong, not what is missing
+    KL(a || b) = E_a[log a/b] is 0 if a = b; JS is symmetric and bounded: divergences()."""
     return {"js": F.softplus(logits), "logit": logits, "prob": logits.sigmoid()}[reward]
 
 
 def token_rewards(logits, mask, reward="js"):
-    """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  They
-    add up to the value of the sentence, less a constant.  (B, T) -> (B, T)."""
+    """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  From t
+    on they add up to the value of the whole sentence less that of x_1..t-1: what is already
+    written gets neither credit nor blame.  (B, T) -> (B, T)."""
     before = F.pad(logits[:, :-1], (1, 0))  # of the empty prefix: logit 0, p = q = 1
     return (value(logits, reward) - value(before, reward)) * mask
 
@@ -519,14 +543,13 @@ def advantages(rewards, mask, lam=1.0):
     A = rewards * mask
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
-    n = mask.sum(0).clamp(min=2)  # how many sequences have such a token, (T,)
-    above_mean = A - A.sum(0) / n
-    return above_mean * n / (n - 1) * mask  # the mean of the others is that much farther
+    others = (A.sum(0) - A) / (mask.sum(0) - 1).clamp(min=1)  # their mean, at each place
+    return (A - others) * mask
 
 
 def policy_gradient_loss(logq, advantage):
     """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t); (B, T) -> scalar.  As
-    grad E_q[R] = E_q[R grad log q], its descent climbs the reward.  It is no score."""
+    grad E_q[R] = E_q[R grad log q], its descent climbs R.  Its value means nothing."""
     return -(advantage * logq).sum(1).mean()
 
 
@@ -549,7 +572,7 @@ def update(module, adam, step, steps, lr):
 def likelihood(model, data, steps, cfg):
     """Train `model` by likelihood.  It ends as it was at its best look at held-out text."""
     adam = adamw(model)
-    turn = batches(data.train, cfg.batch_size)
+    batch_rows = batches(data.train, cfg.batch_size)
     look_every = max(10, math.ceil(steps / 16))
     nll, best = [], None
 
@@ -561,7 +584,7 @@ def likelihood(model, data, steps, cfg):
         if step == steps:
             break
 
-        x = trim(data.train[next(turn)])
+        x = trim(data.train[next(batch_rows)])
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.device == "cuda"):
             loss = likelihood_loss(token_logp(model, x))
         loss.backward()
@@ -575,7 +598,6 @@ def adversarial(model, f, p0, data, cfg):
     """The game: G (`model`) and D (through its correction `f`) take turns."""
     start, curves = deepcopy(model), []
     adam_g, adam_d = adamw(model), adamw(f)
-    turn = batches(data.train, cfg.batch_size)
 
     for step in tqdm(range(cfg.g_steps), "game", disable=None):
         # (1) G writes: x (n, T+1), and logq (n, T), what it thought of each token.
@@ -586,17 +608,18 @@ def adversarial(model, f, p0, data, cfg):
         # (2) D learns to tell real sentences from these.  No gradient reaches G here.
         d_loss = []
         for _ in range(cfg.d_steps):
-            real = data.train[next(turn)].long()
-            fake = x[torch.randint(n, (len(real),), device=x.device)]
+            real = data.train[torch.randint(len(data.train), (cfg.batch_size,))].long()
+            fake = x[torch.randint(n, (cfg.batch_size,))]
             both = trim(torch.cat([real, fake]))
-            is_real = torch.arange(len(both), device=x.device) < len(real)
+            is_real = torch.arange(len(both), device=x.device) < cfg.batch_size
             logits = discriminator(f, both, hints_of(p0, both), logp_of(model, both))
             loss = discriminator_loss(logits, is_real, real_tokens(both))
             loss.backward()
             update(f, adam_d, step, cfg.g_steps, cfg.d_lr)
             d_loss.append(loss.item() / real_tokens(both).sum(1).mean().item())
 
-        # (3) Rewards (n, T): by how much each token raised D's opinion.
+        # (3) Rewards (n, T): by how much each token raised D's opinion.  D's logit has log
+        # q in it: a number here, without a gradient.  D is held still while G moves.
         logits = in_chunks(lambda *text: discriminator(f, *text), x, hints, logq)
         rewards = token_rewards(logits, mask, cfg.reward)
 
@@ -613,8 +636,7 @@ def adversarial(model, f, p0, data, cfg):
 
         curves.append(describe(x, logq, rewards, d_loss, start, data))
         watch(curves, cfg.g_steps, data.to_lines(x[:2]), data)
-    names = curves[0] if curves else []
-    return {"curves": {name: [point[name] for point in curves] for name in names}}
+    return {"curves": curves}
 
 
 def describe(x, logq, rewards, d_loss, start, data):
@@ -645,14 +667,13 @@ def watch(curves, steps, lines, data):
 
 # ---- 7 measurement -----------------------------------------------------------------------
 def divergences(logp_p, logq_p, logp_q, logq_q):
-    """From exact log p and log q, on samples of both: KL(p || q) = E_p log p/q in nats;
-    the Jensen-Shannon divergence (E_p log2 p/m + E_q log2 q/m) / 2, m = (p+q)/2, in bits
-    (Lin 1991): 0 for the same, 1 for nothing in common; its standard error; and js_p,
-    js_q, what it averages.  (N,), (N,), (M,), (M,) -> a dict."""
-    with np.errstate(invalid="ignore"):  # a cut can make q 0, and KL infinite
-        kl = (logp_p - logq_p).mean()
-        js_p = 1 - np.logaddexp(0, logq_p - logp_p) / math.log(2)
-        js_q = 1 - np.logaddexp(0, logp_q - logq_q) / math.log(2)
+    """KL(p || q) = E_p[log p/q] in nats, and the Jensen-Shannon divergence (E_p[log2 p/m] +
+    E_q[log2 q/m]) / 2, m = (p+q)/2, in bits (Lin 1991): 0 for the same, 1 for nothing in
+    common.  logq_p: log q of samples of p, and so on: (N,), (N,), (M,), (M,) -> a dict with
+    js_se, the standard error of js, and js_p and js_q, what js is the mean of."""
+    kl = (logp_p - logq_p).mean()  # infinite if a cut has made q 0
+    js_p = 1 - np.logaddexp(0, logq_p - logp_p) / math.log(2)
+    js_q = 1 - np.logaddexp(0, logp_q - logq_q) / math.log(2)
     error = math.sqrt(js_p.var() / len(js_p) + js_q.var() / len(js_q)) / 2
     return {"kl": kl, "js": (js_p.mean() + js_q.mean()) / 2, "js_se": error,
             "js_p": js_p, "js_q": js_q}
@@ -661,41 +682,40 @@ def divergences(logp_p, logq_p, logp_q, logq_q):
 class Arm:
     """What is compared: a model; or (f given) a choice by D among k of its samples.
 
-    One of k is taken with probability w / (sum of the k weights w), w = D / (1 - D).  That
-    writes x with probability k q(x) E[w(x) / (w(x) + the weights of k - 1 others)].  The
-    mean is over 1,000 sets of others: so log q is known for this arm too."""
+    w = D / (1 - D) estimates p/q: to choose in proportion to w moves q towards p.  One of k
+    samples is taken with probability w / (sum of the k weights w).  That writes x with
+    probability k q(x) E[w(x) / (w(x) + the weights of k - 1 others)].  The mean is over
+    1,000 sets of others: so log q is known for this arm too."""
 
     def __init__(self, model, p0, f=None, k=1):
         self.model, self.p0, self.f, self.k = model, p0, f, k
 
     def write(self, n, decoding):
-        """(n, T+1) ids, and (n,) the log q of each."""
+        """(n, T+1) ids, (n,) the log q of each, and a function: log q of any sentences."""
         x, logq = sample(self.model, n * self.k, *decoding)
         if self.f is None:
-            return x, logq.sum(1)
+            return x, logq.sum(1), lambda text: logp_of(self.model, text, *decoding).sum(1)
         log_w = self.log_weights(x, logq)
-        place = torch.arange(0, n * self.k, self.k, device=x.device)
-        chosen = place + log_w.view(n, self.k).softmax(1).multinomial(1)[:, 0]
         others = torch.randint(n * self.k, (1000, self.k - 1), device=x.device)
-        self.log_others = log_w[others].logsumexp(1)  # (1000,)
-        return x[chosen], self.chosen_logp(logq.sum(1)[chosen], log_w[chosen])
+        log_others = log_w[others].logsumexp(1)  # (1000,)
 
-    def logp(self, x, decoding):
-        """log q of any sentences, after write() of that decoding: (N, T+1) ids -> (N,)"""
-        logq = logp_of(self.model, x, *decoding)
-        if self.f is None:
-            return logq.sum(1)
-        return self.chosen_logp(logq.sum(1), self.log_weights(x, logq))
+        def chosen_logq(logq, log_w):  # (N, T), (N,) -> (N,)
+            share = (log_w[:, None] - log_others).sigmoid().mean(1)
+            return math.log(self.k) + logq.sum(1) + share.log()
+
+        def any_logq(text):
+            logq = logp_of(self.model, text, *decoding)
+            return chosen_logq(logq, self.log_weights(text, logq))
+
+        first_of_set = torch.arange(0, n * self.k, self.k, device=x.device)
+        chosen = first_of_set + log_w.view(n, self.k).softmax(1).multinomial(1)[:, 0]
+        return x[chosen], chosen_logq(logq[chosen], log_w[chosen]), any_logq
 
     def log_weights(self, x, logq):
-        """log D/(1 - D), D's logit, of whole sentences: (N, T+1) ids, (N, T) -> (N,)"""
+        """log w, D's logit, of whole sentences: (N, T+1) ids, (N, T) -> (N,)"""
         hints = hints_of(self.p0, x)
         logits = in_chunks(lambda *text: discriminator(self.f, *text), x, hints, logq)
         return at_end(logits, x)
-
-    def chosen_logp(self, logq, log_w):
-        share = (log_w[:, None] - self.log_others).sigmoid().mean(1)
-        return math.log(self.k) + logq + share.log()
 
 
 @torch.no_grad()
@@ -713,9 +733,8 @@ def features(p0, x):
 def judged(p0, x, truth, data):
     """For text without a grammar: a small network, trained anew, tells half of the samples
     from real text.  (n, T+1), (N, T+1) ids -> its accuracy on the others; 0.5: fooled."""
-    fake, n = x[0::2], len(x[0::2])
-    real = data.train[torch.randperm(len(data.train), device=x.device)[:n]]
-    known = [features(p0, text) for text in (real, fake, truth, x[1::2])]
+    texts = data.val[:len(x) // 2], x[0::2], truth, x[1::2]  # val: p0 has not learned it
+    known = [features(p0, text) for text in texts]
     std, mean = torch.std_mean(torch.cat(known[:2]), 0)
     known = [(text - mean) / (std + 1e-6) for text in known]
     net = nn.Sequential(nn.Linear(p0.width + 2, 64), nn.GELU(), nn.Linear(64, 1))
@@ -733,12 +752,12 @@ def judged(p0, x, truth, data):
 def measure(arm, decoding, half, data, cfg):
     """An arm at a decoding (temperature, min_p), against one half of the true sentences ->
     its figures, and its samples as lines."""
-    start = time.time()
-    x, logq = arm.write(cfg.eval_samples, decoding)
-    seconds = time.time() - start
-    lines, truth = data.to_lines(x), data.truth[half::2]
-    logq_truth = arm.logp(truth, decoding).cpu().double().numpy()
+    start = time.monotonic()
+    x, logq, logq_of = arm.write(cfg.eval_samples, decoding)
     logq = logq.cpu().double().numpy()
+    seconds = time.monotonic() - start
+    lines, truth = data.to_lines(x), data.truth[half::2]
+    logq_truth = logq_of(truth).cpu().double().numpy()
     row = {"temperature": decoding[0], "min_p": decoding[1],
            "novel": np.mean([line not in data.seen for line in lines]),
            "distinct": len(set(lines)) / len(lines), "ms": 1000 * seconds / len(lines)}
@@ -790,7 +809,8 @@ def show_table(results, score):
 
 
 def verdict(results, score):
-    """Does `gan` beat the better of the arms that are likelihood alone?"""
+    """Does `gan` beat G by likelihood alone, each at its best decoding?  (p0 and reranked
+    are no rivals: each of their samples costs more.  The table has them all.)"""
     gan = results["gan"]["best"]
     rival = min("mle", "continued", key=lambda name: results[name]["best"][score])
     other = results[rival]["best"]
@@ -799,11 +819,11 @@ def verdict(results, score):
     if score == "js":  # on the same true sentences: a paired difference
         parts = other["js_p"] - gan["js_p"], other["js_q"], gan["js_q"]
         error = math.sqrt(sum(part.var() / len(part) for part in parts)) / 2
-    luck = max(0.002, 1.96 * error)
-    says = "wins" if gain > luck else "LOSES" if gain < -luck else "does NOT win"
+    threshold = max(0.002, 1.96 * error)  # less would not matter, however certain it is
+    says = "wins" if gain > threshold else "LOSES" if gain < -threshold else "does NOT win"
     return (f"Best {score}: gan {gan[score]:.3f}, {rival} {other[score]:.3f}, ratio "
-            f"{gan[score] / other[score]:.2f}; the difference is {gain:.3f} ± {luck:.3f}: "
-            f"the GAN phase {says}.")
+            f"{gan[score] / other[score]:.2f}; difference {gain:.3f} (luck: what is under "
+            f"{threshold:.3f}): the GAN phase {says}.")
 
 
 def draw(results, curves, score, path):
@@ -813,7 +833,8 @@ def draw(results, curves, score, path):
     except ImportError:
         print(f"no {path.name}: pip install matplotlib, then run this again with --resume")
         return
-    names = [name for name in ("reward", "d_loss", "entropy", "valid") if name in curves]
+    shown = "reward", "d_loss", "entropy", "valid"
+    names = [name for name in shown if curves and name in curves[0]]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplot_mosaic([["arms", name] for name in names] or [["arms"]])
     arms = axes.pop("arms")
@@ -828,21 +849,20 @@ def draw(results, curves, score, path):
     arms.invert_yaxis()
     arms.set_xlabel(f"{score}, less is better; diamond: at its best decoding")
     for name, axis in axes.items():
-        axis.plot(range(1, len(curves[name]) + 1), curves[name], color="C1")
+        axis.plot([point[name] for point in curves], color="C1")
         axis.set_ylabel(name)
         axis.set_xlabel("turns of the game" if name == names[-1] else "")
-    write(path, lambda new: figure.savefig(new, dpi=150, format="png"))
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    write(path, content.getvalue())
 
 
 # ---- 9 the run ---------------------------------------------------------------------------
 def write(path, content):
-    """A text, or what content(path) writes: whole or not at all, even on a full disk."""
+    """Bytes, or a text: whole or not at all, even on a full disk."""
     new = path.with_name(f".{path.name}.new")
     try:
-        if isinstance(content, str):
-            new.write_text(content, encoding="utf-8")
-        else:
-            content(new)
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
@@ -865,7 +885,7 @@ def begin(cfg, data):
     elif folder.is_dir() and any(folder.iterdir()):
         fail(f"--out {folder}: is not empty; expected another folder, or --resume")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=folder.is_dir())
         write(folder / "config.json", json.dumps(mine, indent=1))
 
 
@@ -885,10 +905,12 @@ def phase(name, model, train, cfg, records):
     if not file.exists():
         print(f"\n{name}", flush=True)
         torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # a phase has its own
-        start = time.time()
+        start = time.monotonic()
         record = train(model)
-        record["seconds"] = time.time() - start
-        write(file, lambda new: torch.save([record, model.shape, model.state_dict()], new))
+        record["seconds"] = time.monotonic() - start
+        content = io.BytesIO()  # not the file itself: a full disk would not be an OSError
+        torch.save([record, model.shape, model.state_dict()], content)
+        write(file, content.getvalue())
         for key in ("steps", "held-out nll", "seconds"):
             if key in record:
                 print(f"  {key}: {np.round(record[key], 3)}", flush=True)
@@ -912,7 +934,6 @@ def main(argv=None):
     if cfg.sample:
         return print_samples(cfg)
     data, records = Data(cfg), {}
-    begin(cfg, data)
 
     def gpt(*shape):
         torch.manual_seed(cfg.seed)
@@ -921,12 +942,10 @@ def main(argv=None):
     def learn(steps):
         return lambda model: likelihood(model, data, steps, cfg)
 
-    def play(model):
-        return adversarial(model, f, p0, data, cfg) | {"f": f.state_dict()}
-
     # likelihood; p0 is a model of its own unless G would be the same
     small = gpt(cfg.layers, cfg.width, cfg.memory)
     large = gpt(cfg.p0_layers, cfg.p0_width)
+    begin(cfg, data)
     mle = phase("mle", small, learn(cfg.mle_steps), cfg, records)
     p0 = mle
     if small.shape != large.shape:
@@ -935,8 +954,9 @@ def main(argv=None):
     # the game, and the control: as much time in more likelihood
     torch.manual_seed(cfg.seed)
     f = (CNNCorrection if cfg.disc == "cnn" else Correction)(p0).to(cfg.device)
-    gan = phase("gan", deepcopy(mle), play, cfg, records)
-    f.load_state_dict(records["gan"].pop("f"))
+    gan = phase("gan", deepcopy(mle), lambda model: adversarial(
+        model, f, p0, data, cfg) | {"f": f.state_dict()}, cfg, records)
+    f.load_state_dict(records["gan"].pop("f"))  # of an earlier run, if this one resumes it
     more = learn(cfg.continued_steps)
     continued = phase("continued", deepcopy(mle), more, cfg, records)
 
@@ -974,7 +994,7 @@ def print_samples(cfg):
     """--sample: what a model of the run in --out writes, after --prompt if there is one."""
     run, file = config_of(cfg.out), Path(cfg.out, f"{cfg.phase}.pt")
     if not file.exists():
-        fail(f"--phase {cfg.phase}: there is no {file}; expected a phase that is finished")
+        fail(f"--phase {cfg.phase}: no {file}; expected a finished one (p0 may be mle)")
     model, _ = load(file, cfg.device)
     prompt = tokens_of(cfg.prompt, run["level"]) if cfg.prompt else []
     for token in prompt:
@@ -997,6 +1017,7 @@ if __name__ == "__main__":
         fail(f"torch {torch.__version__} is installed; expected 2.5 or newer")
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -1005,6 +1026,3 @@ if __name__ == "__main__":
         if "memory" not in f"{error!r}".lower():
             raise
         fail("out of memory: lower --width, --layers, --context or --batch_size")
-    except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last finished phase", file=sys.stderr)
-        sys.exit(130)

@@ -1089,7 +1089,8 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path):
                        str(tmp_path / "out")])
     done = subprocess.run(f"{argv} | head -1", shell=True, capture_output=True)
     assert done.stderr == b"" and done.stdout.count(b"\n") == 1
-    assert (tmp_path / "out" / "mle.pt").exists()
+    run("--out", tmp_path / "out", "--resume")  # no file was lost or left half written
+    assert (tmp_path / "out" / "report.json").exists()
 
 
 def test_an_old_torch_and_a_missing_folder_are_one_line(tmp_path):

@@ -69,39 +69,44 @@ def flag(default, text, low=None, high=None, **how):
 
 @dataclass
 class Config:
-    """Everything that a run depends on.  None: what CHOSEN has for it."""
+    """Everything that a run depends on.  With --data some defaults are others: YOUR_TEXT.
+
+    By default a generator too small for its language, which likelihood brings to its end in
+    half a minute."""
     # the text
     data: str = flag("", "a text, one sequence a line; none: sentences of the grammar")
-    grammar: str = flag("", "rules behind the text; none: tiny_data/grammar.txt, or none")
+    grammar: str = flag("", "rules that sentences follow; none: tiny_data/grammar.txt")
     sentences: int = flag(160_000, "how many sentences of the grammar", 80, 10**7)
     level: str = flag("word", "what a token is", choices=["word", "char"])
     context: int = flag(64, "longest sequence in tokens; the rest is cut", 1, 4096)
     # the generator, and the frozen model p0 that is one half of D
-    layers: int = flag(None, "layers of G", 1, 100)
-    width: int = flag(None, "channels of G, a multiple of 32", 32, 4096)
-    memory: int = flag(None, "how many tokens a layer of G sees; 0: all", 0, 4096)
-    p0_layers: int = flag(None, "layers of p0, which sees all tokens", 1, 100)
-    p0_width: int = flag(None, "channels of p0, a multiple of 32", 32, 4096)
+    layers: int = flag(1, "layers of G", 1, 100)
+    width: int = flag(32, "channels of G, a multiple of 32", 32, 4096)
+    memory: int = flag(2, "how many tokens a layer of G sees; 0: all", 0, 4096)
+    p0_layers: int = flag(2, "layers of p0, which sees all tokens", 1, 100)
+    p0_width: int = flag(64, "channels of p0, a multiple of 32", 32, 4096)
     # likelihood
-    mle_steps: int = flag(None, "likelihood steps of mle", 0, 10**9)
-    p0_steps: int = flag(None, "likelihood steps of p0", 0, 10**9)
-    continued_steps: int = flag(None, "as many more, about the game's time", 0, 10**9)
+    mle_steps: int = flag(10_000, "likelihood steps of mle", 0, 10**9)
+    p0_steps: int = flag(5000, "likelihood steps of p0", 0, 10**9)
+    continued_steps: int = flag(10_500, "as many more, about the game's time", 0, 10**9)
     batch_size: int = flag(64, "sequences a step; real ones a step of D", 2, 10**6)
     lr: float = flag(4e-3, "peak learning rate, at width 64 or less", 0.0, 1.0)
     # the game
     disc: str = flag("lm", "D's correction: a language model, a CNN", choices=["lm", "cnn"])
     reward: str = flag("js", "what G climbs: see value()", choices=["js", "logit", "prob"])
-    g_steps: int = flag(None, "turns of the game; 0: no game", 0, 10**9)
-    g_samples: int = flag(None, "sentences that G writes a turn", 2, 10**6)
+    g_steps: int = flag(200, "turns of the game; 0: no game", 0, 10**9)
+    g_samples: int = flag(1024, "sentences that G writes a turn", 2, 10**6)
     d_steps: int = flag(2, "steps of D a turn; 0: D's correction stays 0", 0, 10**6)
-    gan_lr: float = flag(None, "peak learning rate of G, at width 64 or less", 0.0, 1.0)
+    gan_lr: float = flag(3e-3, "peak learning rate of G, at width 64 or less", 0.0, 1.0)
     d_lr: float = flag(1e-3, "peak learning rate of D, at width 64 or less", 0.0, 1.0)
     lam: float = flag(1.0, "discount: a reward k tokens later counts lam^k", 0.0, 1.0)
     # measurement
     best_of: int = flag(4, "`reranked` chooses one of so many samples", 2, 1000)
-    temperatures: tuple = flag(None, "to measure, the plain first", 0.01, 100.0, nargs="+")
-    min_ps: tuple = flag(None, "cuts to measure: decoded()", 0.0, 1.0, nargs="+")
-    eval_samples: int = flag(None, "sentences a side that are measured", 20, 10**6)
+    temperatures: tuple = flag(
+        (1.0, 1.15, 0.9, 0.8), "to measure, the plain first", 0.01, 100.0, nargs="+")
+    min_ps: tuple = flag(
+        (0.0, 0.005, 0.02), "cuts to measure: decoded()", 0.0, 1.0, nargs="+")
+    eval_samples: int = flag(8000, "sentences a side that are measured", 20, 10**6)
     # the run
     seed: int = flag(0, "same seed, same machine: same numbers", 0, 10**6)
     device: str = flag(DEVICES[0], "where to compute", choices=DEVICES)
@@ -115,18 +120,11 @@ class Config:
     min_p: float = flag(0.0, "cut of these samples", 0.0, 1.0)
 
 
-# What is not given.  The grammar: a generator too small for its language, which likelihood
-# brings to its end in half a minute.  Your text: what two cores do in about ten minutes.
-CHOSEN = {
-    "grammar": {"layers": 1, "width": 32, "memory": 2, "p0_layers": 2, "p0_width": 64,
-                "mle_steps": 10_000, "p0_steps": 5000, "continued_steps": 10_500,
-                "g_steps": 200, "g_samples": 1024, "gan_lr": 3e-3,
-                "temperatures": [1.0, 1.15, 0.9, 0.8], "min_ps": [0.0, 0.005, 0.02],
-                "eval_samples": 8000},
-    "text": {"layers": 2, "width": 128, "memory": 0, "p0_layers": 2, "p0_width": 128,
-             "mle_steps": 3000, "p0_steps": 3000, "continued_steps": 800,
-             "g_steps": 80, "g_samples": 256, "gan_lr": 3e-4,  # at 3e-3 G collapses
-             "temperatures": [1.0, 0.8], "min_ps": [0.0, 0.05], "eval_samples": 2000}}
+# Defaults for a text of your own: what two cores do in about ten minutes.
+YOUR_TEXT = {"layers": 2, "width": 128, "memory": 0, "p0_width": 128, "mle_steps": 3000,
+             "p0_steps": 3000, "continued_steps": 800, "g_steps": 80, "g_samples": 256,
+             "gan_lr": 3e-4,  # at 3e-3 G collapses
+             "temperatures": (1.0, 0.8), "min_ps": (0.0, 0.05), "eval_samples": 2000}
 
 
 def fail(message):
@@ -141,10 +139,9 @@ def parse_flags(argv=None):
     parser.error = fail
     for f in fields(Config):
         parser.add_argument("--" + f.name, default=f.default, **f.metadata)
+    if parser.parse_args(argv).data:
+        parser.set_defaults(**YOUR_TEXT)
     cfg = Config(**vars(parser.parse_args(argv)))
-    for name, value in CHOSEN["text" if cfg.data else "grammar"].items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
     for name in ("width", "p0_width"):
         if getattr(cfg, name) % HEAD:
             fail(f"argument --{name}: {getattr(cfg, name)}: expected a multiple of {HEAD}")
@@ -171,6 +168,14 @@ def tokens_of(line, level):
     return re.findall(r" ?[\w'-]+| ?\S", " " + " ".join(line.split()))
 
 
+def lines_of(path):
+    lines = [line.rstrip("\r") for line in read(path).split("\n") if line.strip()]
+    different = len(set(lines))
+    if different < 50 or len(lines) < 80:
+        fail(f"{path}: {len(lines)} lines, {different} different; expected 80 and 50")
+    return lines
+
+
 class Data:
     """A text as (N, T+1) ids: `train`, `val` to stop by, `truth` to measure by.
 
@@ -178,12 +183,9 @@ class Data:
 
     def __init__(self, cfg):
         self.level, self.context, self.device = cfg.level, cfg.context, cfg.device
-        lines = self.lines_of(cfg.data) if cfg.data else []
-        rules = cfg.grammar or ("" if cfg.data else TINY / "grammar.txt")
-        self.grammar, truth, words = None, [], []
-        if rules:
-            lines, truth, words = self.from_grammar(rules, lines, cfg)
-        known = [*lines, *truth, *words]
+        self.grammar, self.cut = None, 0
+        lines, truth = (lines_of(cfg.data), []) if cfg.data else self.drawn(cfg)
+        known = [*lines, *truth]
         tokens = {token for line in known for token in tokens_of(line, cfg.level)}
         self.symbols = ["", *sorted(tokens)]  # END is the 0th
         self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
@@ -198,40 +200,31 @@ class Data:
         self.train = self.to_ids(lines[n:] if truth else lines[2 * n:])
         self.seen = set(self.to_lines(self.train))
         self.words = {word for line in self.seen for word in line.split()}
-        self.warn(lines)
+        self.warn()
 
-    def lines_of(self, path):
-        lines = [line.rstrip("\r") for line in read(path).split("\n") if line.strip()]
-        different = len(set(lines))
-        if different < 50 or len(lines) < 80:
-            fail(f"{path}: {len(lines)} lines, {different} different; expected 80 and 50")
-        return lines
-
-    def from_grammar(self, rules, lines, cfg):
-        """Sentences to learn (if there is no text), true ones to measure by, all words."""
+    def drawn(self, cfg):
+        """Sentences of the grammar: to learn, and to measure by."""
         try:
             from tiny_data.language import Grammar  # the only use of that folder's code
         except ImportError:
-            fail(f"--grammar {rules}: needs tiny_data/language.py beside gan_lm.py; "
-                 "expected it there, or --data with a text")
-        text_words = {word for line in lines for word in line.split()}
-        self.grammar = Grammar(read(rules), rules, known=text_words)
-        if not lines:
-            rng = random.Random(cfg.seed)
-            bar = tqdm(range(cfg.sentences), "sentences", disable=None)
-            lines = [self.grammar.sample(rng) for _ in bar]
+            fail("no --data, and no tiny_data/ (grammar.txt, language.py) beside gan_lm.py")
+        rules = cfg.grammar or TINY / "grammar.txt"
+        self.grammar = Grammar(read(rules), rules)
+        rng = random.Random(cfg.seed)
+        bar = tqdm(range(cfg.sentences), "sentences", disable=None)
+        lines = [self.grammar.sample(rng) for _ in bar]
         rng = random.Random(cfg.seed + 10**6)
         truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
         if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
             fail(f"--context {cfg.context}: true sentences are longer; expected more")
         self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
-        return lines, truth, self.grammar.words
+        return lines, truth
 
-    def warn(self, lines):
+    def warn(self):
         """Say what --context cuts off, and how many held-out tokens are unknown."""
-        cut = sum(len(tokens_of(line, self.level)) > self.context for line in lines)
-        if cut:
-            print(f"{cut} of {len(lines)} lines are longer than --context {self.context} "
+        if self.cut:
+            n = len(self.train) + len(self.val) + len(self.truth)
+            print(f"{self.cut} of {n} lines are longer than --context {self.context} "
                   "tokens and are cut")
         tokens = self.val[self.val != END]
         unknown = 1 - torch.isin(tokens, self.train.unique()).float().mean().item()
@@ -244,8 +237,9 @@ class Data:
         T = self.context
         x = np.full((len(lines), T + 1), END, np.int16)  # small; trim() makes it long
         for row, line in zip(x, lines):
-            ids = [self.id_of[token] for token in tokens_of(line, self.level)[:T]]
-            row[1:1 + len(ids)] = ids
+            ids = [self.id_of[token] for token in tokens_of(line, self.level)]
+            self.cut += len(ids) > T
+            row[1:1 + len(ids)] = ids[:T]
         return torch.from_numpy(x).to(self.device)
 
     def to_lines(self, x):
@@ -269,10 +263,10 @@ def real_tokens(x):
     return torch.cat([torch.ones_like(x[:, :1]), x[:, 1:-1].ne(END)], 1).float()
 
 
-def at_end(values, x):
-    """(B, T) values of prefixes, (B, T+1) ids -> (B,): that of the whole sentence."""
-    last = real_tokens(x).sum(1, keepdim=True).long() - 1
-    return values.gather(1, last)[:, 0]
+def is_last(x):
+    """(B, T+1) ids -> (B, T), True at the last real token of a row."""
+    mask = real_tokens(x)
+    return mask > F.pad(mask[:, 1:], (0, 1))
 
 
 def trim(x):
@@ -410,7 +404,8 @@ def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
 def by_length(x, size):
     """(N, T+1) ids -> lists of row numbers, of rows of like length and not too many.
     size: how many numbers are computed for a token."""
-    at_once = max(1, min(128, AT_ONCE // (size * x.shape[1])))  # 128: fits a CPU's cache
+    most = 128 if x.device.type == "cpu" else 2**16 // x.shape[1]  # 128 fit a CPU's cache
+    at_once = max(1, min(most, AT_ONCE // (size * x.shape[1])))
     return real_tokens(x).sum(1).argsort().split(at_once)
 
 
@@ -498,9 +493,7 @@ class CNNCorrection(nn.Module):
         """(B, T+1) ids, (B, T, 2) -> (B, T)"""
         h = self.token(x[:, 1:]).transpose(1, 2)  # (B, C, T)
         h = torch.cat([conv(h).relu().amax(2) for conv in self.convolutions], 1)  # (B, 4C)
-        mask = real_tokens(x)
-        is_last = mask - F.pad(mask[:, 1:], (0, 1))  # 1 where the next one does not count
-        return self.head(h) * is_last
+        return self.head(h) * is_last(x)
 
 
 # ---- 5 objectives: pure functions, each with its equation --------------------------------
@@ -592,6 +585,7 @@ def likelihood(model, data, steps, cfg):
         update(model, adam, step, steps, cfg.lr)
 
     model.load_state_dict(best)
+    print(f"  {steps} steps; held-out nll", np.round(nll, 2))
     return {"steps": steps, "held-out nll": nll}
 
 
@@ -716,37 +710,32 @@ class Arm:
         """log w, D's logit, of whole sentences: (N, T+1) ids, (N, T) -> (N,)"""
         hints = hints_of(self.p0, x)
         logits = in_chunks(lambda *text: discriminator(self.f, *text), x, hints, logq)
-        return at_end(logits, x)
+        return logits[is_last(x)]
 
 
 @torch.no_grad()
 def features(p0, x):
-    """(N, T+1) ids -> (N, C+2): a sentence's mean of p0's last layer, and of its hints."""
-    out = torch.zeros(len(x), p0.width + 2, device=x.device)
+    """(N, T+1) ids -> (N, C+3), of a sentence: the means of p0's last layer and of its
+    hints, and a constant."""
+    out = torch.ones(len(x), p0.width + 3)
     for rows in by_length(x, p0.V):
         part = trim(x[rows])
         h = torch.cat([p0.trunk(p0.embed(part))[:, 1:], hints_of(p0, part)], -1)
         mask = real_tokens(part)[..., None]
-        out[rows] = (h * mask).sum(1) / mask.sum(1)
-    return out
+        out[rows.cpu(), :-1] = ((h * mask).sum(1) / mask.sum(1)).cpu()
+    return out.double()
 
 
 def judged(p0, x, truth, data):
-    """For text without a grammar: a small network, trained anew, tells half of the samples
-    from real text.  (n, T+1), (N, T+1) ids -> its accuracy on the others; 0.5: fooled."""
-    texts = data.val[:len(x) // 2], x[0::2], truth, x[1::2]  # val: p0 has not learned it
-    known = [features(p0, text) for text in texts]
-    std, mean = torch.std_mean(torch.cat(known[:2]), 0)
-    known = [(text - mean) / (std + 1e-6) for text in known]
-    net = nn.Sequential(nn.Linear(p0.width + 2, 64), nn.GELU(), nn.Linear(64, 1))
-    net.to(x.device)
-    adam = torch.optim.AdamW(net.parameters(), lr=0.003, weight_decay=1.0)
-    for _ in range(100):
-        loss = F.softplus(-net(known[0])).mean() + F.softplus(net(known[1])).mean()
-        loss.backward()
-        adam.step()
-        adam.zero_grad()
-    right = (net(known[2]) > 0).float().mean() + (net(known[3]) <= 0).float().mean()
+    """For text without a grammar, a fresh judge: least squares on features() (Fisher's
+    discriminant) tells half of the samples from text that p0 did not learn.
+    (n, T+1), (N, T+1) ids -> its accuracy on the other half, and on truth; 0.5: fooled."""
+    texts = data.val[:len(x) // 2], x[0::2], truth, x[1::2]
+    real, fake, more_real, more_fake = (features(p0, text) for text in texts)
+    spread = real.T @ real / len(real) + fake.T @ fake / len(fake)
+    ridge = 0.01 * torch.eye(len(spread), dtype=spread.dtype)
+    w = torch.linalg.solve(spread + ridge, real.mean(0) - fake.mean(0))
+    right = (more_real @ w > 0).float().mean() + (more_fake @ w <= 0).float().mean()
     return right.item() / 2
 
 
@@ -767,11 +756,9 @@ def measure(arm, decoding, half, data, cfg):
         row["valid"] = np.isfinite(logp).mean()
         row |= divergences(data.truth_logp[half::2], logq_truth, logp, logq)
     else:
-        one, two = (judged(arm.p0, x, truth, data) for _ in range(2))
-        noise = 0.5 / math.sqrt(len(x) / 2), 0.5 / math.sqrt(len(truth))
         known = [word in data.words for line in lines for word in line.split()]
-        row |= {"judge": max(0.5, (one + two) / 2),  # less than chance is noise
-                "judge_se": math.hypot(*noise, one - two) / 2,
+        row |= {"judge": max(0.5, judged(arm.p0, x, truth, data)),  # below chance is noise
+                "judge_se": math.sqrt(1 / (len(x) / 2) + 1 / len(truth)) / 4,
                 "nll": -logq_truth.mean(), "words": np.mean(known or [0.0])}
     return row, lines
 
@@ -840,12 +827,12 @@ def draw(results, curves, score, path):
     axes = figure.subplot_mosaic([["arms", name] for name in names] or [["arms"]])
     arms = axes.pop("arms")
     for place, (name, result) in enumerate(results.items()):
+        def dot(row, place, **style):
+            arms.errorbar(row[score], place, xerr=1.96 * row[score + "_se"], **style)
+
         for row in result["all"]:
-            error = 1.96 * row[score + "_se"]
-            arms.errorbar(row[score], place + 0.15, xerr=error, fmt=".", color="0.6")
-        best, color = result["best"], "C1" if name == "gan" else "C0"
-        error = 1.96 * best[score + "_se"]
-        arms.errorbar(best[score], place, xerr=error, fmt="D", color=color)
+            dot(row, place + 0.15, fmt=".", color="0.6")
+        dot(result["best"], place, fmt="D", color="C1" if name == "gan" else "C0")
     arms.set_yticks(range(len(results)), list(results))
     arms.invert_yaxis()
     arms.set_xlabel(f"{score}, less is better; diamond: at its best decoding")
@@ -872,22 +859,23 @@ def write(path, content):
 def begin(cfg, data):
     """Take the folder --out; or, to --resume, check that the run there is the same."""
     folder = Path(cfg.out)
+    texts = data.train, data.val, data.truth
     mine = {name: value for name, value in asdict(cfg).items() if name not in (
         "out", "resume", "device", "sample", "phase", "prompt", "temperature", "min_p")}
-    texts = data.train, data.val, data.truth
-    mine |= {"symbols": data.symbols, "text": [zlib.crc32(x.cpu().numpy()) for x in texts]}
+    mine |= {"text": [zlib.crc32(x.cpu().numpy()) for x in texts], "symbols": data.symbols}
+    content = json.dumps(mine, indent=1)
     if cfg.resume:
         theirs = config_of(folder)
-        for name, value in mine.items():
-            if name not in ("symbols", "text") and value != theirs.get(name):
+        for name, value in json.loads(content).items():
+            if name in ("text", "symbols") and value != theirs.get(name):
+                fail(f"{cfg.data or 'text'}: has changed since the run in {folder} began")
+            if value != theirs.get(name):
                 fail(f"argument --{name}: the run in {folder} has {theirs.get(name)}")
-        if (mine["symbols"], mine["text"]) != (theirs["symbols"], theirs["text"]):
-            fail(f"{cfg.data or 'the text'}: has changed since the run in {folder} began")
     elif folder.is_dir() and any(folder.iterdir()):
         fail(f"--out {folder}: is not empty; expected another folder, or --resume")
     else:
         folder.mkdir(parents=True, exist_ok=folder.is_dir())
-        write(folder / "config.json", json.dumps(mine, indent=1))
+        write(folder / "config.json", content)
 
 
 def config_of(folder):
@@ -904,17 +892,15 @@ def phase(name, model, train, cfg, records):
     """`model` as train(model) leaves it, or as an earlier run did."""
     file = Path(cfg.out, f"{name}.pt")
     if not file.exists():
-        print(f"\n{name}", flush=True)
         torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # a phase has its own
+        print(f"\n{name}", flush=True)
         start = time.monotonic()
         record = train(model)
         record["seconds"] = time.monotonic() - start
         content = io.BytesIO()  # not the file itself: a full disk would not be an OSError
         torch.save([record, model.shape, model.state_dict()], content)
         write(file, content.getvalue())
-        for key in ("steps", "held-out nll", "seconds"):
-            if key in record:
-                print(f"  {key}: {np.round(record[key], 3)}", flush=True)
+        print(f"  {record['seconds']:.0f} seconds")
     model, records[name] = load(file, cfg.device)
     return model
 
@@ -947,6 +933,9 @@ def main(argv=None):
     small = gpt(cfg.layers, cfg.width, cfg.memory)
     large = gpt(cfg.p0_layers, cfg.p0_width)
     begin(cfg, data)
+    print(f"{len(data.train):,} lines, {len(data.symbols)} different tokens; "
+          f"G: {cfg.layers} layers of {cfg.width}, memory {cfg.memory or 'all'}; "
+          f"p0: {cfg.p0_layers} of {cfg.p0_width}, all")
     mle = phase("mle", small, learn(cfg.mle_steps), cfg, records)
     p0 = mle
     if small.shape != large.shape:
@@ -970,22 +959,17 @@ def main(argv=None):
 
 
 def answer(arms, records, data, cfg):
+    """Measure, and tell it as report.json, as a table and as a picture."""
     score = "js" if data.grammar else "judge"
     results = measure_all(arms, score, data, cfg)
     says = "there is nothing to compare: no game was played"
     if cfg.g_steps:
         says = verdict(results, score)
-
-    def plain(row):  # for JSON: no arrays, and null for what is not finite
-        return {name: value if math.isfinite(value) else None
-                for name, value in row.items() if name not in ("js_p", "js_q")}
-
-    figures = {name: {"plain": plain(result["plain"]), "best": plain(result["best"]),
-                      "all": [plain(row) for row in result["all"]]}
-               for name, result in results.items()}
     report = {"torch": torch.__version__, "config": asdict(cfg), "phases": records,
-              "arms": figures, "verdict": says}
-    write(Path(cfg.out, "report.json"), json.dumps(report, indent=1))
+              "arms": results, "verdict": says}
+    content = json.dumps(report, indent=1, default=lambda array: None)  # js_p, js_q: no
+    content = content.replace(": Infinity", ": null")  # JSON has none
+    write(Path(cfg.out, "report.json"), content)
     show_table(results, score)
     print(f"\n{says}")
     draw(results, records["gan"]["curves"], score, Path(cfg.out, "report.png"))

@@ -180,20 +180,20 @@ def test_the_shipped_language_is_as_described(capsys):
 
 
 # ---- 1 configuration, 2 text
-def test_each_flag_is_used_and_what_is_chosen_is_a_flag():
+def test_each_flag_is_used_and_a_text_of_ones_own_has_defaults_that_a_flag_overrules():
     source = (ROOT / "gan_lm.py").read_text(encoding="utf-8")
     for f in fields(Config):
-        assert re.search(rf"cfg\.{f.name}\b|getattr\(cfg, name\)", source), f.name
         assert re.search(rf"cfg\.{f.name}\b", source), f.name
-    for chosen in gan_lm.CHOSEN.values():
-        assert chosen.keys() == {f.name for f in fields(Config) if f.default is None}
-    assert parse_flags([]).memory == 2 and parse_flags(["--memory", "0"]).memory == 0
-    assert parse_flags(["--data", "x"]).width > parse_flags([]).width
+    own, given = parse_flags(["--data", "x"]), parse_flags("--data x --width 64".split())
+    for name, value in gan_lm.YOUR_TEXT.items():
+        assert getattr(own, name) == value and getattr(Config(), name) != value, name
+    assert (given.width, given.layers) == (64, own.layers) != (own.width, Config().layers)
+    assert parse_flags([]) == Config()
 
 
 def text_of(lines, level, context):
     text = Data.__new__(Data)
-    text.level, text.context, text.device = level, context, "cpu"
+    text.level, text.context, text.device, text.cut = level, context, "cpu", 0
     text.symbols = ["", *sorted({t for line in lines for t in tokens_of(line, level)})]
     text.id_of = {symbol: i for i, symbol in enumerate(text.symbols)}
     return text
@@ -242,9 +242,9 @@ def test_batches_hold_every_row_and_rows_of_like_length():
     assert sorted(next(batches(x[:3], 8)).tolist()) == [0, 1, 2]
 
 
-def test_the_value_at_the_end_is_that_of_the_last_real_token():
+def test_the_last_real_token_is_the_first_end_or_where_a_row_is_cut():
     x = rows([1, 2, 3], [4], [1] * 8)
-    assert at_end(torch.arange(8.0).expand(3, 8), x).tolist() == [3, 1, 7]
+    assert torch.arange(8).expand(3, 8)[is_last(x)].tolist() == [3, 1, 7]
 
 
 # ---- 3 generator
@@ -727,7 +727,7 @@ def test_a_choice_of_k_is_measured_with_its_exact_probability(decoding, k, monke
 def test_a_judge_finds_a_difference_and_none_where_there_is_none(data):
     torch.manual_seed(0)
     p0 = GPT(len(data.symbols), 24, 1, 32)
-    assert judged(p0, sample(p0, 400)[0], data.truth, data) > 0.9
+    assert judged(p0, sample(p0, 400)[0], data.truth, data) > 0.75
     assert judged(p0, torch.cat([data.val, data.truth, data.train]), data.truth, data) < 0.65
 
 
@@ -908,6 +908,30 @@ def test_samples_of_any_phase_go_on_from_a_prompt(phase, finished, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 20 and all(line.startswith("the") for line in lines)
     assert len(set(lines)) > 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("disc", [Correction, CNNCorrection])
+def test_a_gpu_computes_what_a_cpu_computes(disc, tmp_path):
+    p0, model = tiny_gpt(), tiny_gpt(memory=3)
+    f = disc(p0)
+    torch.nn.init.normal_(f.head.weight)
+    x, logq = sample(deepcopy(model).cuda(), 3000, 0.9, 0.01)
+    found, texts = [], x[:500]
+    for device in ("cuda", "cpu"):
+        on = [deepcopy(part).to(device) for part in (model, p0, f)]
+        text = texts.to(device)
+        logp, hints = logp_of(on[0], text, 0.9, 0.01), hints_of(on[1], text)
+        verdicts = discriminator(on[2], text, hints, logp) * real_tokens(text)
+        found.append([logp.cpu(), hints.cpu(), verdicts.detach().cpu()])
+    assert torch.allclose(logq[:500].cpu(), found[0][0], atol=1e-3)
+    for gpu, cpu in zip(*found):
+        assert torch.allclose(gpu, cpu, atol=1e-2, rtol=1e-3)
+    out = tmp_path / "out"
+    for more in ([], ["--resume"]):
+        run("--device", "cuda", "--disc", "lm" if disc is Correction else "cnn", "--out", out, *more)
+    run("--device", "cuda", "--data", TEXT, "--level", "char", "--out", tmp_path / "text")
+    main(["--device", "cuda", "--sample", "5", "--prompt", "the", "--out", str(out)])
 
 
 # ---- bad input: one line that names what is at fault, status 2, nothing written
@@ -1267,7 +1291,7 @@ def rollout_rewards(model, f, x, rollouts=16):
             if place >= t:
                 y = torch.cat([y, logits.softmax(-1).multinomial(1)], 1)
         y[:, 1:] *= y[:, 1:].ne(0).cumprod(1)  # nothing after an END
-        rewards[:, t - 1] = at_end(f(y, None), y).sigmoid().view(len(x), rollouts).mean(1)
+        rewards[:, t - 1] = f(y, None)[is_last(y)].sigmoid().view(len(x), rollouts).mean(1)
     return rewards
 
 

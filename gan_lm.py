@@ -2,17 +2,20 @@
 
 A small GPT, the generator G, is trained by likelihood (`mle`).  Then comes a game: G writes
 sentences, a discriminator D says how real each looks, and G makes more likely what looked
-real (`gan`).  When is that worth more than what is cheap: a lower temperature, a cut of
-unlikely tokens, the same time in more likelihood (`continued`), a choice among G's samples
-by the same D (`reranked`)?
+real (`gan`).  When is that worth more than what costs no more: a lower temperature, a cut
+of unlikely tokens, the same time in more likelihood (`continued`)?  Shown beside them: a
+choice among several of G's samples by the same D (`reranked`), which costs several times as
+much a sample.
 
     text --likelihood--> mle --the game: G and D in turn--> gan
                           |-----more likelihood-----------> continued
                           |-----a choice by D-------------> reranked
     text --likelihood--> p0     frozen, it helps D: by default with a longer memory than G
 
-By default G's memory is too short for its language: p0 knows what G cannot learn by
-likelihood.  `--memory 0` takes that limit away (and p0 is mle, where they are alike).
+By default G's memory is too short for its language.  The game cannot lengthen it.  But G
+learns to make other compromises than likelihood does: it stops saying what it cannot say
+right.  `--memory 0` takes the limit away; where G and p0 have the same size and memory, p0
+is mle itself.
 
     python gan_lm.py                                # a language whose truth is known
     python gan_lm.py --data your.txt --level char   # your own text, one sequence a line
@@ -79,7 +82,7 @@ class Config:
     sentences: int = flag(160_000, "how many sentences of the grammar", 80, 10**7)
     level: str = flag("word", "what a token is", choices=["word", "char"])
     context: int = flag(64, "longest sequence in tokens; the rest is cut", 1, 4096)
-    # the generator, and the frozen model p0 that is one half of D
+    # the generator; and p0, a frozen model that D's formula contains: discriminator()
     layers: int = flag(1, "layers of G", 1, 100)
     width: int = flag(32, "channels of G, a multiple of 32", 32, 4096)
     memory: int = flag(2, "how many tokens a layer of G sees; 0: all", 0, 4096)
@@ -92,11 +95,11 @@ class Config:
     batch_size: int = flag(64, "sequences a step; real ones a step of D", 2, 10**6)
     lr: float = flag(4e-3, "peak learning rate, at width 64 or less", 0.0, 1.0)
     # the game
-    disc: str = flag("lm", "D's correction: a language model, a CNN", choices=["lm", "cnn"])
+    disc: str = flag("lm", "what D learns: a language model, a CNN", choices=["lm", "cnn"])
     reward: str = flag("js", "what G climbs: see value()", choices=["js", "logit", "prob"])
     g_steps: int = flag(200, "turns of the game; 0: no game", 0, 10**9)
     g_samples: int = flag(1024, "sentences that G writes a turn", 2, 10**6)
-    d_steps: int = flag(2, "steps of D a turn; 0: D's correction stays 0", 0, 10**6)
+    d_steps: int = flag(2, "steps of D a turn; 0: D learns nothing", 0, 10**6)
     gan_lr: float = flag(3e-3, "peak learning rate of G, at width 64 or less", 0.0, 1.0)
     d_lr: float = flag(1e-3, "peak learning rate of D, at width 64 or less", 0.0, 1.0)
     lam: float = flag(1.0, "discount: a reward k tokens later counts lam^k", 0.0, 1.0)
@@ -146,7 +149,7 @@ def parse_flags(argv=None):
         if getattr(cfg, name) % HEAD:
             fail(f"argument --{name}: {getattr(cfg, name)}: expected a multiple of {HEAD}")
     if cfg.disc == "cnn" and cfg.lam < 1:
-        fail("argument --lam: expected 1 with --disc cnn, whose f is 0 before the end")
+        fail("argument --lam: expected 1 with --disc cnn, which judges no prefixes")
     return cfg
 
 
@@ -279,7 +282,7 @@ def batches(x, size):
     """Endless shuffled batches of row numbers, of rows of like length: little padding."""
     while True:
         for rows in torch.randperm(len(x), device=x.device).split(16 * size):
-            rows = rows[:max(1, len(rows) // size) * size]  # a rest waits for the next time
+            rows = rows[:max(1, len(rows) // size) * size]  # all batches full, if one is
             sets = rows[real_tokens(x[rows]).sum(1).argsort()].split(size)
             for i in torch.randperm(len(sets)):
                 yield sets[i]
@@ -380,7 +383,7 @@ def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
     V, T, layers = model.shape[:3]
     out = torch.full((n, T + 1), END, device=model.token.weight.device)
     logq = torch.zeros(n, T, device=out.device)
-    at_once = max(1, AT_ONCE // (64 * T + 8 * V))  # its cache, and a few copies of logits
+    at_once = max(1, AT_ONCE // (64 * T + 8 * V))  # the default's cache, copies of logits
     for rows in torch.arange(n, device=out.device).split(at_once):
         x, cache = out[rows, :1], [None] * layers
         for t in range(T):
@@ -437,17 +440,20 @@ def discriminator(f, x, hints, logq):
 
     The best logit is log p/q (see discriminator_loss), and log p/q = log p/p0 + log p0/q.
     The second part is known.  So f has to learn log p/p0, what p0 gets wrong; that stays as
-    it is while G moves: D need not run after G.  p0 e^f, normalised, is a residual
-    energy-based model (Deng et al. 2020); the game brings what it knows into G.  In RLHF
-    too the reward has a term - log q/p0: it keeps G near a reference, p0."""
+    it is while G moves: f need not chase G.
+
+    (Two relatives, for those who know them.  p0 e^f, normalised, is a residual energy-based
+    model, Deng et al. 2020.  In RLHF the reward has a term - log q/p0 too, with G's start
+    as p0: it keeps G near.)"""
     logp0 = hints.sum(-1)  # of each token
     return f(x, hints) + (logp0 - logq).cumsum(1)
 
 
 def hints_of(p0, x):
-    """(N, T+1) ids -> (N, T, 2): how far log p0(x_t | x_<t) is above its mean over p0, and
-    that mean (-entropy); 0 after the end.  Together they are log p0(x_t | x_<t), but f
-    starts sooner with the two apart: is a token rare, or was any token rare there?"""
+    """(N, T+1) ids -> (N, T, 2): what p0 thinks of each token, in two parts; 0 after END.
+    The second is the mean of log p0 over all tokens that p0 might say there (-entropy); the
+    first, how far log p0(x_t | x_<t) is above it.  Their sum is log p0(x_t | x_<t).  With
+    the two apart f learns faster: is this token rare, or was any token rare there?"""
     def both(part):
         logp = p0(part[:, :-1]).log_softmax(-1)  # (B, T, V)
         mean = (logp.exp() * logp).sum(-1)
@@ -470,7 +476,8 @@ class Correction(nn.Module):
 
     def forward(self, x, hints):
         """(B, T+1) ids, (B, T, 2) -> (B, T).  A prefix is judged once its last token has
-        been read: all T+1 ids go in, and what comes out at the first END is dropped."""
+        been read: all T+1 ids go in; what comes out at column 0, where every row has the
+        END that begins it, is dropped."""
         h = self.lm.embed(x)
         h[:, 1:] += self.hints(hints / 3)  # read with their tokens; / 3: to be about 1
         return self.head(self.lm.trunk(h))[:, 1:, 0]
@@ -483,6 +490,7 @@ class CNNCorrection(nn.Module):
         super().__init__()
         C = self.width = p0.width
         self.token = nn.Embedding(p0.V, C, padding_idx=END)  # END is 0: pads say nothing
+        # So much padding that each filter sees pads alone somewhere: more change nothing.
         convolutions = [nn.Conv1d(C, C, width, padding=width) for width in (2, 3, 4, 5)]
         self.convolutions = nn.ModuleList(convolutions)
         self.head = nn.Linear(4 * C, 1)
@@ -512,11 +520,16 @@ def discriminator_loss(logits, is_real, mask):
 
 
 def value(logits, reward="js"):
-    """How good a prefix looks to D: what G climbs; any shape -> the same.  If D is the best
-    one (and held still while G moves), G then descends, m = (p+q)/2,
-    js     -log(1 - D)         KL(p || m) + KL(q || m) = 2 JS(p, q): Goodfellow's game
-    prob   D                   KL(p || m): half of that, SeqGAN's choice
+    """How good a prefix looks to D: what G climbs; any shape -> the same.
+
+    name   what G climbs       what it descends by that, m = (p+q)/2
+    js     -log(1 - D)         2 JS(p, q) = KL(p || m) + KL(q || m): Goodfellow's game
+    prob   D                   KL(p || m) alone: SeqGAN's choice
     logit  log D - log(1 - D)  KL(q || p): punishes what is wrong, not what is missing
+
+    The last column holds if D is the best one, p/(p+q), and its logit is a mere number
+    while G takes a step.  For js: the derivative of 2 JS(p, q) by q(x) is log q/m, which is
+    log(1 - D) and a constant: to descend the one is to climb the other's negative.
     KL(a || b) = E_a[log a/b] is 0 if a = b; JS is symmetric and bounded: divergences()."""
     return {"js": F.softplus(logits), "logit": logits, "prob": logits.sigmoid()}[reward]
 
@@ -531,9 +544,10 @@ def token_rewards(logits, mask, reward="js"):
 
 def advantages(rewards, mask, lam=1.0):
     """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: did it go better than usual from here?
-    The baseline is the mean of the *other* sequences at that place: it must not depend on
-    the draw that it judges.  lam < 1: less noise, but only the near future counts.
-    No division by the deviation: it would blow mere noise up.  (B, T) -> (B, T)."""
+    The baseline takes noise away and, on average, changes nothing else, since
+    E_q[grad log q] = 0; but only if it does not depend on the draw that it judges: it is
+    the mean of the *other* sequences at that place.
+    lam < 1: less noise, but only the near future counts.  (B, T) -> (B, T)."""
     A = rewards * mask
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
@@ -542,8 +556,12 @@ def advantages(rewards, mask, lam=1.0):
 
 
 def policy_gradient_loss(logq, advantage):
-    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t); (B, T) -> scalar.  As
-    grad E_q[R] = E_q[R grad log q], its descent climbs R.  Its value means nothing."""
+    """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t); (B, T) -> scalar.
+
+    Wanted: the gradient of E_q[R] = sum_x q(x) R(x), R the reward of a sentence.  As
+    grad q = q grad log q, it is E_q[R grad log q]: a mean over samples.  A_t stands for R,
+    as a token cannot change the rewards before it.  The gradient alone means something, the
+    value of this loss nothing."""
     return -(advantage * logq).sum(1).mean()
 
 
@@ -667,7 +685,7 @@ def divergences(logp_p, logq_p, logp_q, logq_q):
     common.  logq_p: log q of samples of p, and so on: (N,), (N,), (M,), (M,) -> a dict with
     js_se, the standard error of js, and js_p and js_q, what js is the mean of."""
     kl = (logp_p - logq_p).mean()  # infinite if a cut has made q 0
-    js_p = 1 - np.logaddexp(0, logq_p - logp_p) / math.log(2)
+    js_p = 1 - np.logaddexp(0, logq_p - logp_p) / math.log(2)  # log2 p/m = 1 - log2(1+q/p)
     js_q = 1 - np.logaddexp(0, logp_q - logq_q) / math.log(2)
     error = math.sqrt(js_p.var() / len(js_p) + js_q.var() / len(js_q)) / 2
     return {"kl": kl, "js": (js_p.mean() + js_q.mean()) / 2, "js_se": error,
@@ -679,8 +697,9 @@ class Arm:
 
     w = D / (1 - D) estimates p/q: to choose in proportion to w moves q towards p.  One of k
     samples is taken with probability w / (sum of the k weights w).  That writes x with
-    probability k q(x) E[w(x) / (w(x) + the weights of k - 1 others)].  The mean is over
-    1,000 sets of others: so log q is known for this arm too."""
+    probability k q(x) E[w(x) / (w(x) + the weights of k - 1 others)]: x may stand in any of
+    k places.  The mean over 1,000 sets of others estimates it closely: so log q is known
+    for this arm too."""
 
     def __init__(self, model, p0, f=None, k=1):
         self.model, self.p0, self.f, self.k = model, p0, f, k
@@ -757,8 +776,9 @@ def measure(arm, decoding, half, data, cfg):
         row |= divergences(data.truth_logp[half::2], logq_truth, logp, logq)
     else:
         known = [word in data.words for line in lines for word in line.split()]
+        n = len(truth), len(x) / 2  # that the judge is asked about: two shares near 1/2
         row |= {"judge": max(0.5, judged(arm.p0, x, truth, data)),  # below chance is noise
-                "judge_se": math.sqrt(1 / (len(x) / 2) + 1 / len(truth)) / 4,
+                "judge_se": math.hypot(0.5 / n[0] ** 0.5, 0.5 / n[1] ** 0.5) / 2,
                 "nll": -logq_truth.mean(), "words": np.mean(known or [0.0])}
     return row, lines
 
@@ -892,7 +912,7 @@ def phase(name, model, train, cfg, records):
     """`model` as train(model) leaves it, or as an earlier run did."""
     file = Path(cfg.out, f"{name}.pt")
     if not file.exists():
-        torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # a phase has its own
+        torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # its own seed
         print(f"\n{name}", flush=True)
         start = time.monotonic()
         record = train(model)

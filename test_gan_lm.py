@@ -2,7 +2,7 @@
 
 All: pytest -q.  The mathematics: pytest -q -k "loss or gradient or advantages or rewards".
 Speed, in ratios: python test_gan_lm.py"""
-import ast, itertools, json, math, os, pickle, random, re, resource  # noqa: E401
+import ast, importlib, itertools, json, math, os, pickle, random, re, resource  # noqa: E401
 import shlex, shutil, signal, subprocess, sys, tempfile, time, tokenize  # noqa: E401
 from collections import Counter
 from copy import deepcopy
@@ -22,7 +22,7 @@ from tiny_data import language
 from tiny_data.language import Grammar
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
-MOST_CODE = 710
+MOST_CODE = 683
 ROOT = Path(__file__).resolve().parent
 RULES = (ROOT / "tiny_data" / "grammar.txt").read_text(encoding="utf-8")
 GRAMMAR = Grammar(RULES)
@@ -1230,6 +1230,89 @@ def test_the_two_commands_of_the_readme_are_there_and_it_is_short():
     assert len(re.findall(r"^# run it", README, re.M)) == 1
     assert len(re.findall(r"^# pass the tests\n.*pytest", README, re.M)) == 1
     assert README.count("\n") <= 250
+
+
+EXERCISES = re.split(r"^## ", PAGES[ROOT / ".github" / "EXERCISES.md"], flags=re.M)[1:]
+
+
+def block(kind, exercise):
+    found = re.search(rf"^```{kind}\n(.*?)^```", exercise, re.M | re.S)
+    return found[1] if found else ""
+
+
+def changed(diff):
+    """gan_lm.py after a diff without line numbers: what a hunk replaces is there once."""
+    source = (ROOT / "gan_lm.py").read_text(encoding="utf-8")
+    for hunk in diff.split("@@\n"):
+        old, new = ("\n".join(line[1:] for line in hunk.splitlines() if line[:1] in signs)
+                    for signs in (" -", " +"))
+        assert source.count(old) == 1, hunk
+        source = source.replace(old, new)
+    return source
+
+
+def test_there_are_fourteen_exercises_each_with_minutes_a_prediction_and_an_answer():
+    assert len(EXERCISES) == 14
+    for number, exercise in enumerate(EXERCISES, 1):
+        title = exercise.split("\n")[0]
+        assert re.match(rf"{number}\. .*\(\d+ minutes", title), title
+        assert exercise.count("**Predict") == exercise.count("<summary>Answer") == 1, title
+        assert len(re.search(r"Answer</summary>(.*)</details>", exercise, re.S)[1]) > 150, title
+
+
+def test_the_blanks_of_the_first_exercise_are_the_objectives(tmp_path, monkeypatch):
+    (tmp_path / "blanks.py").write_text(changed(block("diff", EXERCISES[0])), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    blanks = importlib.import_module("blanks")
+    x = torch.randn(3, 4)
+    for name, inputs in (("likelihood_loss", [x]), ("token_rewards", [x, x]),
+                         ("discriminator_loss", [x, x[:, 0] > 0, x]), ("advantages", [x, x]),
+                         ("policy_gradient_loss", [x, x])):
+        assert getattr(blanks, name)(*inputs) is ..., name
+        assert getattr(gan_lm, name)(*inputs) is not ..., name
+
+
+@pytest.mark.parametrize("exercise", [e for e in EXERCISES[1:] if block("diff", e)],
+                         ids=lambda exercise: exercise.split("\n")[0])
+def test_every_diff_of_the_exercises_runs(exercise, tmp_path):
+    (tmp_path / "gan_lm.py").write_text(changed(block("diff", exercise)), encoding="utf-8")
+    (tmp_path / "tiny_data").symlink_to(ROOT / "tiny_data")
+    command = shlex.split(block("sh", exercise).replace("--seed S", "--seed 1"))
+    start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", command[0]]}
+    start["torchrun"][2] = "torch.distributed.run"
+    argv = [*start[command[0]], *command[1:], *FAST, "--out", "out"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
+    assert done.returncode == 0 and "GAN phase" in done.stdout, done.stderr
+    if command[0] == "torchrun":  # both processes hold the same model
+        one, two = (torch.load(tmp_path / f"out_{i}" / "gan.pt")[2] for i in range(2))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_script_of_the_exercises_runs(finished, tmp_path):
+    script, = filter(None, (block("python", exercise) for exercise in EXERCISES))
+    (tmp_path / "one_pass.py").write_text(script, encoding="utf-8")
+    done = subprocess.run([sys.executable, "one_pass.py", str(finished), "3"], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | {
+                              "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "\nvalid 0." in done.stdout, done.stderr
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    prose = re.sub(r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)", "", README, flags=re.M | re.S)
+    known = re.findall(r"\d+\.\d+", PAGES[ROOT / ".github" / "RESULTS.md"])
+    for figure in set(re.findall(r"(?<![\d.])\d+\.\d+", prose)) - {"2.5", "0.693"}:  # ln 2
+        digits = len(figure.split(".")[1])
+        assert any(f"{float(number):.{digits}f}" == figure for number in known), figure
+    arms = {}
+    for page in README, PAGES[ROOT / ".github" / "RESULTS.md"]:
+        for row in re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.M):
+            arms.setdefault(row[0], []).append([cell.strip() for cell in row[1].split("|")])
+    for name in "mle", "continued", "gan", "reranked", "p0":
+        (_, wrong, js, ms), claim = arms[name][:2]
+        valid, best, cost = (float(claim[i].split("±")[0]) for i in (1, 4, 6))
+        assert (wrong, js) == (f"{100 * (1 - valid):.0f}", f"{best:.2f}"), name
+        assert ms == f"{cost:.2f}", name
 
 
 # ---- speed: `python test_gan_lm.py` prints ratios, each with ours first

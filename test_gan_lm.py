@@ -1191,7 +1191,7 @@ def test_every_command_of_the_pages_runs(command, finished, tmp_path, monkeypatc
     """In miniature: a flag that FAST has too is checked, and overruled."""
     monkeypatch.chdir(ROOT)
     argv = [str(TEXT) if a.endswith(".txt") and not Path(a).exists() else a
-            for a in shlex.split(command.replace(" S ", " 1 "))]
+            for a in shlex.split(re.sub(r"\bS\b", "1", command))]
     if "--sample" in argv:
         main([*argv, "--out", str(finished)])
         return
@@ -1212,7 +1212,8 @@ def anchors(page):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_internal_link_resolves_and_every_named_function_exists(path):
     page = PAGES[path]
-    for link in re.findall(r"\]\((?!http)([^)]*)\)|src=\"(?!http)([^\"]*)\"", page):
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
+    for link in re.findall(r"\]\((?!http)([^)]*)\)|src=\"(?!http)([^\"]*)\"", prose):
         file, _, anchor = "".join(link).partition("#")
         target = (path.parent / file) if file else path
         assert target.exists(), link

@@ -188,8 +188,7 @@ class Data:
         self.level, self.context, self.device = cfg.level, cfg.context, cfg.device
         self.grammar, self.cut = None, 0
         lines, truth = (lines_of(cfg.data), []) if cfg.data else self.drawn(cfg)
-        known = [*lines, *truth]
-        tokens = {token for line in known for token in tokens_of(line, cfg.level)}
+        tokens = {token for line in lines + truth for token in tokens_of(line, cfg.level)}
         self.symbols = ["", *sorted(tokens)]  # END is the 0th
         self.id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
         if len(self.symbols) > 20_000:
@@ -780,9 +779,9 @@ def measure(arm, decoding, half, data, cfg):
         row |= divergences(data.truth_logp[half::2], logq_truth, logp, logq)
     else:
         known = [word in data.words for line in lines for word in line.split()]
-        n = len(truth), len(x) / 2  # that the judge is asked about: two shares near 1/2
         row |= {"judge": max(0.5, judged(arm.p0, x, truth, data)),  # below chance is noise
-                "judge_se": math.hypot(0.5 / n[0] ** 0.5, 0.5 / n[1] ** 0.5) / 2,
+                # of the mean of two shares near 1/2: of len(truth), and of half of x
+                "judge_se": math.sqrt(1 / len(truth) + 2 / len(x)) / 4,
                 "nll": -logq_truth.mean(), "words": np.mean(known or [0.0])}
     return row, lines
 
@@ -850,10 +849,11 @@ def draw(results, curves, score, path):
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplot_mosaic([["arms", name] for name in names] or [["arms"]])
     arms = axes.pop("arms")
-    for place, (name, result) in enumerate(results.items()):
-        def dot(row, place, **style):
-            arms.errorbar(row[score], place, xerr=1.96 * row[score + "_se"], **style)
 
+    def dot(row, place, **style):
+        arms.errorbar(row[score], place, xerr=1.96 * row[score + "_se"], **style)
+
+    for place, (name, result) in enumerate(results.items()):
         for row in result["all"]:
             dot(row, place + 0.15, fmt=".", color="0.6")
         dot(result["best"], place, fmt="D", color="C1" if name == "gan" else "C0")
@@ -890,7 +890,7 @@ def begin(cfg, data):
     content = json.dumps(mine, indent=1)
     if cfg.resume:
         theirs = config_of(folder)
-        for name, value in json.loads(content).items():
+        for name, value in json.loads(content).items():  # tuples are lists there
             if name in ("text", "symbols") and value != theirs.get(name):
                 fail(f"{cfg.data or 'text'}: has changed since the run in {folder} began")
             if value != theirs.get(name):
@@ -986,14 +986,18 @@ def answer(arms, records, data, cfg):
     """Measure, and tell it as report.json, as a table and as a picture."""
     score = "js" if data.grammar else "judge"
     results = measure_all(arms, score, data, cfg)
-    says = "there is nothing to compare: no game was played"
-    if cfg.g_steps:
-        says = verdict(results, score)
+    no_game = "there is nothing to compare: no game was played"
+    says = verdict(results, score) if cfg.g_steps else no_game
+
+    def plain(row):  # for JSON: no arrays, and null for what is not finite
+        return {name: value if math.isfinite(value) else None
+                for name, value in row.items() if name not in ("js_p", "js_q")}
+
+    figures = {name: {"plain": plain(r["plain"]), "best": plain(r["best"]),
+                      "all": list(map(plain, r["all"]))} for name, r in results.items()}
     report = {"torch": torch.__version__, "config": asdict(cfg), "phases": records,
-              "arms": results, "verdict": says}
-    content = json.dumps(report, indent=1, default=lambda array: None)  # js_p, js_q: no
-    content = content.replace(": Infinity", ": null")  # JSON has none
-    write(Path(cfg.out, "report.json"), content)
+              "arms": figures, "verdict": says}
+    write(Path(cfg.out, "report.json"), json.dumps(report, indent=1))
     show_table(results, score)
     print(f"\n{says}")
     draw(results, records["gan"]["curves"], score, Path(cfg.out, "report.png"))

@@ -189,6 +189,7 @@ def test_each_flag_is_used_and_a_text_of_ones_own_has_defaults_that_a_flag_overr
         assert getattr(own, name) == value and getattr(Config(), name) != value, name
     assert (given.width, given.layers) == (64, own.layers) != (own.width, Config().layers)
     assert parse_flags([]) == Config()
+    assert parse_flags([]).memory == 2 and parse_flags(["--memory", "0"]).memory == 0
 
 
 def text_of(lines, level, context):
@@ -725,9 +726,12 @@ def test_a_choice_of_k_is_measured_with_its_exact_probability(decoding, k, monke
 
 
 def test_a_judge_finds_a_difference_and_none_where_there_is_none(data):
-    torch.manual_seed(0)
-    p0 = GPT(len(data.symbols), 24, 1, 32)
-    assert judged(p0, sample(p0, 400)[0], data.truth, data) > 0.75
+    found = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        p0 = GPT(len(data.symbols), 24, 1, 32)
+        found.append(judged(p0, sample(p0, 400)[0], data.truth, data))
+    assert np.mean(found) > 0.9
     assert judged(p0, torch.cat([data.val, data.truth, data.train]), data.truth, data) < 0.65
 
 
@@ -928,8 +932,9 @@ def test_a_gpu_computes_what_a_cpu_computes(disc, tmp_path):
     for gpu, cpu in zip(*found):
         assert torch.allclose(gpu, cpu, atol=1e-2, rtol=1e-3)
     out = tmp_path / "out"
+    kind = "lm" if disc is Correction else "cnn"
     for more in ([], ["--resume"]):
-        run("--device", "cuda", "--disc", "lm" if disc is Correction else "cnn", "--out", out, *more)
+        run("--device", "cuda", "--disc", kind, "--out", out, *more)
     run("--device", "cuda", "--data", TEXT, "--level", "char", "--out", tmp_path / "text")
     main(["--device", "cuda", "--sample", "5", "--prompt", "the", "--out", str(out)])
 
@@ -1203,6 +1208,10 @@ def test_every_command_of_the_pages_runs(command, finished, tmp_path, monkeypatc
     main([*small, "--out", str(tmp_path / "out")])
 
 
+def without_code(page):
+    return re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
+
+
 def anchors(page):
     """What GitHub makes of a page's headings."""
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
@@ -1212,8 +1221,8 @@ def anchors(page):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_internal_link_resolves_and_every_named_function_exists(path):
     page = PAGES[path]
-    prose = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
-    for link in re.findall(r"\]\((?!http)([^)]*)\)|src=\"(?!http)([^\"]*)\"", prose):
+    for link in re.findall(r"\]\((?!http)([^)]*)\)|src=\"(?!http)([^\"]*)\"",
+                           without_code(page)):
         file, _, anchor = "".join(link).partition("#")
         target = (path.parent / file) if file else path
         assert target.exists(), link
@@ -1304,7 +1313,7 @@ def test_the_script_of_the_exercises_runs(finished, tmp_path):
 
 
 def test_the_figures_of_the_readme_are_those_of_the_results():
-    prose = re.sub(r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)", "", README, flags=re.M | re.S)
+    prose = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", without_code(README))
     known = re.findall(r"\d+\.\d+", PAGES[ROOT / ".github" / "RESULTS.md"])
     for figure in set(re.findall(r"(?<![\d.])\d+\.\d+", prose)) - {"2.5", "0.693"}:  # ln 2
         digits = len(figure.split(".")[1])

@@ -12,9 +12,9 @@ def fail(message):
 
 class Grammar:
     """A weighted context-free grammar: `symbol -> weight words | weight words`, ...
-    name: what an error calls it.  known: words that have a capital and are no symbols."""
+    name: what an error calls it."""
 
-    def __init__(self, text, name="grammar", known=()):
+    def __init__(self, text, name="grammar"):
         self.rules = {}  # symbol -> [(probability, [symbol, ...]), ...]
         for number, line in enumerate(text.strip("\ufeff").split("\n"), 1):
             if line := line.split("#")[0].strip():
@@ -26,7 +26,7 @@ class Grammar:
         self.start = next(iter(self.rules))
         used = [right for rule in self.rules.values() for _, right in rule]
         self.words = set().union(*used) - self.rules.keys()
-        self.check(name, known)
+        self.check(name)
 
     def parse(self, line, place):
         """`symbol -> 3 a b | 1 c` -> symbol, [(3.0, [a, b]), (1.0, [c])]."""
@@ -42,9 +42,9 @@ class Grammar:
                  "weights above 0, one rule for a symbol")
         return symbol, rule
 
-    def check(self, name, known):
+    def check(self, name):
         """Every symbol must end in words (probability 1) and never begin with itself."""
-        ends = {w: float(w in known or not w[0].isupper()) for w in self.words}
+        ends = {w: float(not w[0].isupper()) for w in self.words}
         first = {word: {word} for word in self.words}  # what an expansion can begin with
         first |= {symbol: {s[0] for _, s in rule} for symbol, rule in self.rules.items()}
         for _ in range(500):

@@ -13,19 +13,25 @@ much a sample.
     text --likelihood--> p0     frozen, it helps D: by default with a longer memory than G
 
 By default G's memory is too short for its language.  The game cannot lengthen it.  But G
-learns to make other compromises than likelihood does: it stops saying what it cannot say
-right.  `--memory 0` takes the limit away; where G and p0 have the same size and memory, p0
-is mle itself.
+learns to make another compromise.  Likelihood punishes a model for each true sentence that
+it holds unlikely, and never looks at what it writes: so it tries to cover everything, with
+errors.  The game looks at what G writes: G stops saying what it cannot say right.
+
+Who is the teacher here, the game or p0?  `--d_steps 0` keeps D as p0 and G make it, without
+anything learned: what is left of the gain then is p0's.  `--memory 0` takes G's limit away;
+where G and p0 have the same size and memory, p0 is mle itself.
 
     python gan_lm.py                                # a language whose truth is known
     python gan_lm.py --data your.txt --level char   # your own text, one sequence a line
     python gan_lm.py --sample 9 --prompt "the dog"  # what a finished run has learned
 
-Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which finish a prefix many times
-over to judge it.  Our D judges every prefix.  Added: D knows G's probabilities, and p0's.
+Deleted from SeqGAN (Yu et al. 2017), whose D judges whole sentences alone: Monte-Carlo
+rollouts, which finish a prefix many times over to judge it.  Our D judges every prefix by
+itself.  Added: D knows G's probabilities, and p0's.
 
-Shapes: B batch, T time, C channels, V vocabulary.  p: the truth, q: G, D: from 0 to 1.
-logp: a log-probability in nats; logq: by G; logp0: by p0.
+Shapes: B batch, T time, C channels, V vocabulary.  p: the truth, q: G.  D's opinion is a
+logit, or D = sigmoid(logit), from 0 (written by G) to 1 (real).  logp: a log-probability
+in nats; logq: by G; logp0: by p0.
 """
 import signal, sys  # noqa: E401
 
@@ -74,8 +80,8 @@ def flag(default, text, low=None, high=None, **how):
 class Config:
     """Everything that a run depends on.  With --data some defaults are others: YOUR_TEXT.
 
-    By default a generator too small for its language, which likelihood brings to its end in
-    half a minute."""
+    By default a generator too small for its language: half a minute of likelihood takes it
+    as far as likelihood can, and more changes nothing."""
     # the text
     data: str = flag("", "a text, one sequence a line; none: sentences of the grammar")
     grammar: str = flag("", "rules that sentences follow; none: tiny_data/grammar.txt")
@@ -91,18 +97,18 @@ class Config:
     # likelihood
     mle_steps: int = flag(10_000, "likelihood steps of mle", 0, 10**9)
     p0_steps: int = flag(5000, "likelihood steps of p0", 0, 10**9)
-    continued_steps: int = flag(10_500, "as many more, about the game's time", 0, 10**9)
+    continued_steps: int = flag(10_500, "of continued: about the game's time", 0, 10**9)
     batch_size: int = flag(64, "sequences a step; real ones a step of D", 2, 10**6)
     lr: float = flag(4e-3, "peak learning rate, at width 64 or less", 0.0, 1.0)
     # the game
-    disc: str = flag("lm", "what D learns: a language model, a CNN", choices=["lm", "cnn"])
+    disc: str = flag("lm", "what f in D is: a language model, a CNN", choices=["lm", "cnn"])
     reward: str = flag("js", "what G climbs: see value()", choices=["js", "logit", "prob"])
     g_steps: int = flag(200, "turns of the game; 0: no game", 0, 10**9)
     g_samples: int = flag(1024, "sentences that G writes a turn", 2, 10**6)
     d_steps: int = flag(2, "steps of D a turn; 0: D learns nothing", 0, 10**6)
     gan_lr: float = flag(3e-3, "peak learning rate of G, at width 64 or less", 0.0, 1.0)
     d_lr: float = flag(1e-3, "peak learning rate of D, at width 64 or less", 0.0, 1.0)
-    lam: float = flag(1.0, "discount: a reward k tokens later counts lam^k", 0.0, 1.0)
+    lam: float = flag(1.0, "a reward k tokens later counts lam^k", 0.0, 1.0)
     # measurement
     best_of: int = flag(4, "`reranked` chooses one of so many samples", 2, 1000)
     temperatures: tuple = flag(
@@ -110,7 +116,7 @@ class Config:
     min_ps: tuple = flag(
         (0.0, 0.005, 0.02), "cuts to measure: decoded()", 0.0, 1.0, nargs="+")
     eval_samples: int = flag(
-        8000, "sentences a side to measure by; a quarter to choose by", 20, 10**6)
+        8000, "sentences that an arm writes to be measured; true ones", 20, 10**6)
     # the run
     seed: int = flag(0, "same seed, same machine: same numbers", 0, 10**6)
     device: str = flag(DEVICES[0], "where to compute", choices=DEVICES)
@@ -138,8 +144,10 @@ def fail(message):
 
 def parse_flags(argv=None):
     """Command line -> Config.  A mistake ends the program with one line about it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    others = ", ".join(f"{name} {value}" for name, value in YOUR_TEXT.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog=f"Defaults with --data: {others}.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     for f in fields(Config):
         parser.add_argument("--" + f.name, default=f.default, **f.metadata)
@@ -150,7 +158,9 @@ def parse_flags(argv=None):
         if getattr(cfg, name) % HEAD:
             fail(f"argument --{name}: {getattr(cfg, name)}: expected a multiple of {HEAD}")
     if cfg.disc == "cnn" and cfg.lam < 1:
-        fail("argument --lam: expected 1 with --disc cnn, which judges no prefixes")
+        fail("argument --lam: expected 1 with --disc cnn, whose f judges no prefixes")
+    if cfg.prompt and not cfg.sample:
+        fail("argument --prompt: expected together with --sample")
     return cfg
 
 
@@ -283,7 +293,7 @@ def batches(x, size):
     p0 learns 1.5 times as fast."""
     while True:
         for rows in torch.randperm(len(x), device=x.device).split(16 * size):
-            rows = rows[:max(1, len(rows) // size) * size]  # all batches full, if one is
+            rows = rows[:max(1, len(rows) // size) * size]  # without a last one, half full
             sets = rows[real_tokens(x[rows]).sum(1).argsort()].split(size)
             for i in torch.randperm(len(sets)):
                 yield sets[i]
@@ -381,13 +391,13 @@ def token_logp(model, x, temperature=1.0, min_p=0.0):
 def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
     """n sequences -> (n, T+1) ids, and (n, T) log q of each token: what the model thought
     of it.  prompt: ids that every sequence begins with; the model reads them.
-    Speed: a cache, which finished rows leave; 78 times a loop without, at 2,000 rows."""
+    With a cache, which finished rows leave: 78 times as fast as without, at 2,000 rows."""
     V, T, layers = model.shape[:3]
     out = torch.full((n, T + 1), END, device=model.token.weight.device)
     logq = torch.zeros(n, T, device=out.device)
-    at_once = max(1, AT_ONCE // (64 * T + 8 * V))  # the default's cache, copies of logits
-    for rows in torch.arange(n, device=out.device).split(at_once):
-        x, cache = out[rows, :1], [None] * layers
+    at_once = max(1, AT_ONCE // (64 * T + 8 * V))  # a small model's cache; some logits
+    for chunk in torch.arange(n, device=out.device).split(at_once):
+        rows, x, cache = chunk, out[chunk, :1], [None] * layers
         for t in range(T):
             logits, cache = model.next_token(x, t, cache)
             logp = decoded(logits, temperature, min_p)  # (rows, V)
@@ -444,7 +454,8 @@ def discriminator(f, x, hints, logq):
 
     The best logit is log p/q (see discriminator_loss), and log p/q = log p/p0 + log p0/q.
     The second part is known.  So f has to learn log p/p0, what p0 gets wrong; that stays as
-    it is while G moves: f need not chase G.
+    it is while G moves: f need not chase G.  With f = 0, as it begins, D says how much more
+    p0 likes a sentence than G does: the game then teaches G what p0 knows.
 
     (Two relatives, for those who know them.  p0 e^f, normalised, is a residual energy-based
     model, Deng et al. 2020.  In RLHF the reward has a term - log q/p0 too, with G's start
@@ -467,8 +478,8 @@ def hints_of(p0, x):
 
 
 class Correction(nn.Module):
-    """f as a language model with one number for a head, at every prefix: a copy of p0 that
-    reads the hints.  The head begins at 0, and D as the ratio of two language models."""
+    """f as a language model with one number for a head, at every prefix: a second p0, one
+    that learns and reads the hints.  The head begins at 0, so f does."""
 
     def __init__(self, p0):
         super().__init__()
@@ -531,6 +542,9 @@ def value(logits, reward="js"):
     prob   D                   KL(p || m) alone: SeqGAN's choice
     logit  log D - log(1 - D)  KL(q || p): punishes what is wrong, not what is missing
 
+    (Likelihood descends KL(p || q): infinite if a true sentence is impossible to q; what q
+    says wrong costs nothing but the probability that it takes from the rest.)
+
     The last column holds if D is the best one, p/(p+q), and its logit is a mere number
     while G takes a step.  For js: the derivative of 2 JS(p, q) by q(x) is log q/m, which is
     log(1 - D) and a constant: to descend the one is to climb the other's negative.
@@ -541,16 +555,17 @@ def value(logits, reward="js"):
 def token_rewards(logits, mask, reward="js"):
     """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  From t
     on they add up to the value of the whole sentence less that of x_1..t-1: what is already
-    written gets neither credit nor blame.  (B, T) -> (B, T)."""
+    written gets neither credit nor blame.  That is all that D's opinion of a prefix does
+    (while lam is 1): it says how well things stood before.  (B, T) -> (B, T)."""
     before = F.pad(logits[:, :-1], (1, 0))  # of the empty prefix: logit 0, p = q = 1
     return (value(logits, reward) - value(before, reward)) * mask
 
 
 def advantages(rewards, mask, lam=1.0):
-    """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: did it go better than usual from here?
-    The baseline takes noise away and, on average, changes nothing else, since
-    E_q[grad log q] = 0; but only if it does not depend on the draw that it judges: it is
-    the mean of the *other* sequences at that place.
+    """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: from its t-th token on, did a sequence
+    gain more than others do?  The baseline takes noise away and, on average, changes
+    nothing else, since E_q[grad log q] = 0; but only if it does not depend on the draw that
+    it judges: it is the mean of the *other* sequences at that place.
     lam < 1: less noise, but only the near future counts.  (B, T) -> (B, T)."""
     A = rewards * mask
     for t in reversed(range(A.shape[1] - 1)):
@@ -562,10 +577,11 @@ def advantages(rewards, mask, lam=1.0):
 def policy_gradient_loss(logq, advantage):
     """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t); (B, T) -> scalar.
 
-    Wanted: the gradient of E_q[R] = sum_x q(x) R(x), R the reward of a sentence.  As
-    grad q = q grad log q, it is E_q[R grad log q]: a mean over samples.  A_t stands for R,
-    as a token cannot change the rewards before it.  The gradient alone means something, the
-    value of this loss nothing."""
+    Wanted: the gradient of E_q[R] = sum_x q(x) R(x), R the value of a whole sentence.  As
+    grad q = q grad log q, it is E_q[R grad log q]: a mean over samples, and log q is a sum
+    over tokens.  At lam 1 A_t stands for R: it is R less the value of x_1..t-1 and less the
+    baseline, neither of which depends on the t-th token; so on average neither counts.
+    The gradient alone means something, the value of this loss nothing."""
     return -(advantage * logq).sum(1).mean()
 
 
@@ -607,7 +623,8 @@ def likelihood(model, data, steps, cfg):
         update(model, adam, step, steps, cfg.lr)
 
     model.load_state_dict(best)
-    print(f"  {steps} steps; held-out nll", np.round(nll, 2))
+    kept = min(steps, look_every * nll.index(min(nll)))
+    print(f"  held-out nll {np.round(nll, 2)}; step {kept} of {steps} is kept")
     return {"steps": steps, "held-out nll": nll}
 
 
@@ -686,8 +703,8 @@ def watch(curves, steps, lines, data):
 def divergences(logp_p, logq_p, logp_q, logq_q):
     """KL(p || q) = E_p[log p/q] in nats, and the Jensen-Shannon divergence (E_p[log2 p/m] +
     E_q[log2 q/m]) / 2, m = (p+q)/2, in bits (Lin 1991): 0 for the same, 1 for nothing in
-    common.  logq_p: log q of samples of p, and so on: (N,), (N,), (M,), (M,) -> a dict with
-    js_se, the standard error of js, and js_p and js_q, what js is the mean of."""
+    common.  (N,) log p and log q of samples of p, (M,) log p and log q of samples of q -> a
+    dict with js_se, js's standard error, and js_p and js_q, what js is the mean of."""
     kl = (logp_p - logq_p).mean()  # infinite if a cut has made q 0
     js_p = 1 - np.logaddexp(0, logq_p - logp_p) / math.log(2)  # log2 p/m = 1 - log2(1+q/p)
     js_q = 1 - np.logaddexp(0, logp_q - logq_q) / math.log(2)
@@ -834,9 +851,10 @@ def verdict(results, score):
         error = math.sqrt(sum(part.var() / len(part) for part in parts)) / 2
     threshold = max(0.002, 1.96 * error)  # less would not matter, however certain it is
     says = "wins" if gain > threshold else "LOSES" if gain < -threshold else "does NOT win"
-    return (f"Best {score}: gan {gan[score]:.3f}, {rival} {other[score]:.3f}, ratio "
-            f"{gan[score] / other[score]:.2f}; difference {gain:.3f} (luck: what is under "
-            f"{threshold:.3f}): the GAN phase {says}.")
+    ratio = f"ratio {gan[score] / other[score]:.2f}; " if score == "js" else ""
+    return (f"Best {score}: gan {gan[score]:.3f}, {rival} {other[score]:.3f}; {ratio}"
+            f"difference {gain:.3f} (could be luck: up to {threshold:.3f}): "
+            f"the GAN phase {says}.")
 
 
 def draw(results, curves, score, path):
@@ -893,10 +911,11 @@ def begin(cfg, data):
     if cfg.resume:
         theirs = config_of(folder)
         for name, value in json.loads(content).items():  # tuples are lists there
-            if name in ("text", "symbols") and value != theirs.get(name):
-                fail(f"{cfg.data or 'text'}: has changed since the run in {folder} began")
-            if value != theirs.get(name):
-                fail(f"argument --{name}: the run in {folder} has {theirs.get(name)}")
+            if value == theirs.get(name) or name in ("data", "grammar"):
+                continue  # a text may have been moved: what it says is compared
+            if name in ("text", "symbols"):
+                fail(f"{cfg.data or 'text'}: is not the text that the run in {folder} had")
+            fail(f"argument --{name}: the run in {folder} has {theirs.get(name)}")
     elif folder.is_dir() and any(folder.iterdir()):
         fail(f"--out {folder}: is not empty; expected another folder, or --resume")
     else:
@@ -909,9 +928,15 @@ def config_of(folder):
     if not file.exists():
         fail(f"--out {folder}: there is no run; expected the folder of one")
     try:
-        return json.loads(read(file))
-    except ValueError:
+        return dict(json.loads(read(file)))
+    except (ValueError, TypeError):
         fail(f"{file} is damaged: delete {folder} and run again")
+
+
+def flags_of(run):
+    """The flags of a run, from its config.json: a resumed run need not be told them."""
+    for name in run.keys() - {"text", "symbols"}:
+        yield from ("--" + name, *map(str, np.atleast_1d(run[name])))
 
 
 def phase(name, model, train, cfg, records):
@@ -946,6 +971,8 @@ def main(argv=None):
     cfg = parse_flags(argv)
     if cfg.sample:
         return print_samples(cfg)
+    if cfg.resume:
+        cfg = parse_flags([*flags_of(config_of(cfg.out)), *(argv or sys.argv[1:])])
     data, records = Data(cfg), {}
 
     def gpt(*shape):
@@ -959,15 +986,15 @@ def main(argv=None):
     small = gpt(cfg.layers, cfg.width, cfg.memory)
     large = gpt(cfg.p0_layers, cfg.p0_width)
     begin(cfg, data)
-    print(f"{len(data.train):,} lines, {len(data.symbols)} different tokens; "
-          f"G: {cfg.layers} layers of {cfg.width}, memory {cfg.memory or 'all'}; "
-          f"p0: {cfg.p0_layers} of {cfg.p0_width}, all")
+    same = small.shape == large.shape
+    other = "mle" if same else f"{cfg.p0_layers} layers of {cfg.p0_width}, memory all"
+    print(f"{len(data.train):,} lines to learn, {len(data.symbols)} different tokens\nG: "
+          f"{cfg.layers} layers of {cfg.width}, memory {cfg.memory or 'all'}; p0: {other}")
     mle = phase("mle", small, learn(cfg.mle_steps), cfg, records)
-    p0 = mle
-    if small.shape != large.shape:
-        p0 = phase("p0", large, learn(cfg.p0_steps), cfg, records)
+    p0 = mle if same else phase("p0", large, learn(cfg.p0_steps), cfg, records)
 
-    # the game, and the control: as much time in more likelihood
+    # the game, and the control: about as much time in more likelihood (report.json has the
+    # seconds; p0's are not in it: the README says what they buy in likelihood)
     torch.manual_seed(cfg.seed)
     f = (CNNCorrection if cfg.disc == "cnn" else Correction)(p0).to(cfg.device)
     gan = phase("gan", deepcopy(mle), lambda model: adversarial(
@@ -1009,12 +1036,13 @@ def print_samples(cfg):
     """--sample: what a model of the run in --out writes, after --prompt if there is one."""
     run, file = config_of(cfg.out), Path(cfg.out, f"{cfg.phase}.pt")
     if not file.exists():
-        fail(f"--phase {cfg.phase}: no {file}; expected a finished one (p0 may be mle)")
+        finished = sorted(file.stem for file in Path(cfg.out).glob("*.pt"))
+        fail(f"argument --phase: the run in {cfg.out} has finished {finished}")
     model, _ = load(file, cfg.device)
     prompt = tokens_of(cfg.prompt, run["level"]) if cfg.prompt else []
     for token in prompt:
         if token not in run["symbols"]:
-            fail(f"argument --prompt: {token.strip()!r} is not in the text of {cfg.out}")
+            fail(f"argument --prompt: {token!r} is no token of the text of {cfg.out}")
     if len(prompt) > model.context:
         fail(f"argument --prompt: {len(prompt)} tokens; expected at most {model.context}")
     torch.manual_seed(cfg.seed)

@@ -2,24 +2,26 @@
 
 A small GPT, the generator G, is trained by likelihood (`mle`).  Then comes a game: G writes
 sentences, a discriminator D says how real each looks, and G makes more likely what looked
-real (`gan`).  When is that worth more than what costs no more: a lower temperature, a cut
-of unlikely tokens, the same time in more likelihood (`continued`)?  Shown beside them: a
-choice among several of G's samples by the same D (`reranked`), which costs several times as
-much a sample.
+real (`gan`).  When does that bring more than cheap things do: a lower temperature, a cut of
+unlikely tokens, as much time in more likelihood (`continued`)?  Shown beside them: a choice
+among several of G's samples by the same D (`reranked`), which costs several times as much a
+sample.
 
     text --likelihood--> mle --the game: G and D in turn--> gan
                           |-----more likelihood-----------> continued
                           |-----a choice by D-------------> reranked
-    text --likelihood--> p0     frozen, it helps D: by default with a longer memory than G
+    text --likelihood--> p0     frozen, a part of D: by default with a longer memory than G
 
 By default G's memory is too short for its language.  The game cannot lengthen it.  But G
 learns to make another compromise.  Likelihood punishes a model for each true sentence that
 it holds unlikely, and never looks at what it writes: so it tries to cover everything, with
 errors.  The game looks at what G writes: G stops saying what it cannot say right.
 
-Who is the teacher here, the game or p0?  `--d_steps 0` keeps D as p0 and G make it, without
-anything learned: what is left of the gain then is p0's.  `--memory 0` takes G's limit away;
-where G and p0 have the same size and memory, p0 is mle itself.
+Is it the game that teaches, or p0?  D begins as a comparison of p0 with G, and learns a
+correction.  `--d_steps 0` leaves the correction away: the gain that is left is p0's.  And
+p0's training takes time, too: the README says what likelihood makes of that time.
+`--memory 0` takes G's limit away; if G then is as large as p0, p0 is mle itself, and all
+that D can know beyond G is its correction.
 
     python gan_lm.py                                # a language whose truth is known
     python gan_lm.py --data your.txt --level char   # your own text, one sequence a line
@@ -112,11 +114,11 @@ class Config:
     # measurement
     best_of: int = flag(4, "`reranked` chooses one of so many samples", 2, 1000)
     temperatures: tuple = flag(
-        (1.0, 1.15, 0.9, 0.8), "to measure, the plain first", 0.01, 100.0, nargs="+")
+        (1.0, 1.15, 0.9, 0.8), "to find the best of", 0.01, 100.0, nargs="+")
     min_ps: tuple = flag(
-        (0.0, 0.005, 0.02), "cuts to measure: decoded()", 0.0, 1.0, nargs="+")
+        (0.0, 0.005, 0.02), "cuts to find the best of: decoded()", 0.0, 1.0, nargs="+")
     eval_samples: int = flag(
-        8000, "sentences that an arm writes to be measured; true ones", 20, 10**6)
+        8000, "samples to measure an arm by, and true sentences", 20, 10**6)
     # the run
     seed: int = flag(0, "same seed, same machine: same numbers", 0, 10**6)
     device: str = flag(DEVICES[0], "where to compute", choices=DEVICES)
@@ -395,7 +397,7 @@ def sample(model, n, temperature=1.0, min_p=0.0, prompt=()):
     V, T, layers = model.shape[:3]
     out = torch.full((n, T + 1), END, device=model.token.weight.device)
     logq = torch.zeros(n, T, device=out.device)
-    at_once = max(1, AT_ONCE // (64 * T + 8 * V))  # a small model's cache; some logits
+    at_once = max(1, AT_ONCE // (64 * T + 8 * V))  # 64: a small model's cache
     for chunk in torch.arange(n, device=out.device).split(at_once):
         rows, x, cache = chunk, out[chunk, :1], [None] * layers
         for t in range(T):
@@ -454,8 +456,10 @@ def discriminator(f, x, hints, logq):
 
     The best logit is log p/q (see discriminator_loss), and log p/q = log p/p0 + log p0/q.
     The second part is known.  So f has to learn log p/p0, what p0 gets wrong; that stays as
-    it is while G moves: f need not chase G.  With f = 0, as it begins, D says how much more
-    p0 likes a sentence than G does: the game then teaches G what p0 knows.
+    it is while G moves: f need not chase G.  (Why take turns, then?  With finite data f is
+    right only where it has seen samples, and where G writes does move.)  With f = 0, as it
+    begins, D says how much more p0 likes a sentence than G does: the game then teaches G
+    what p0 knows.
 
     (Two relatives, for those who know them.  p0 e^f, normalised, is a residual energy-based
     model, Deng et al. 2020.  In RLHF the reward has a term - log q/p0 too, with G's start
@@ -528,7 +532,9 @@ def likelihood_loss(logp):
 def discriminator_loss(logits, is_real, mask):
     """-log D(real) - log(1 - D(fake)) of each prefix, D = sigmoid(logit) (Goodfellow et al.
     2014, eq. 1); a sum over the sentence, so that a prefix weighs the same however long its
-    sentence is.  Half of the sentences are real: the best D is p/(p+q), its logit log p/q.
+    sentence is.  Half of the sentences are real.  So D is best, for a prefix with which a
+    share p of the real ones and q of the written ones begin, where -p log D - q log(1 - D)
+    is least: at D = p/(p+q), whose logit is log p/q.
     (B, T), (B,) bool, (B, T) -> scalar; ln 2 a prefix where D has no opinion."""
     loss = F.softplus(torch.where(is_real[:, None], -logits, logits))
     return (loss * mask).sum(1).mean()
@@ -537,7 +543,7 @@ def discriminator_loss(logits, is_real, mask):
 def value(logits, reward="js"):
     """How good a prefix looks to D: what G climbs; any shape -> the same.
 
-    name   what G climbs       what it descends by that, m = (p+q)/2
+    name   what G climbs       and thereby descends; m = (p+q)/2
     js     -log(1 - D)         2 JS(p, q) = KL(p || m) + KL(q || m): Goodfellow's game
     prob   D                   KL(p || m) alone: SeqGAN's choice
     logit  log D - log(1 - D)  KL(q || p): punishes what is wrong, not what is missing
@@ -546,8 +552,9 @@ def value(logits, reward="js"):
     says wrong costs nothing but the probability that it takes from the rest.)
 
     The last column holds if D is the best one, p/(p+q), and its logit is a mere number
-    while G takes a step.  For js: the derivative of 2 JS(p, q) by q(x) is log q/m, which is
-    log(1 - D) and a constant: to descend the one is to climb the other's negative.
+    while G takes a step.  For js: the derivative of 2 JS(p, q) by q(x) is log q/m (what
+    else there is, 1 - p/2m - q/2m, is 0), and that is log(1 - D) + log 2.  So to climb
+    -log(1 - D) is to descend 2 JS; log 2 changes nothing, as all q(x) together stay 1.
     KL(a || b) = E_a[log a/b] is 0 if a = b; JS is symmetric and bounded: divergences()."""
     return {"js": F.softplus(logits), "logit": logits, "prob": logits.sigmoid()}[reward]
 
@@ -556,7 +563,7 @@ def token_rewards(logits, mask, reward="js"):
     """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  From t
     on they add up to the value of the whole sentence less that of x_1..t-1: what is already
     written gets neither credit nor blame.  That is all that D's opinion of a prefix does
-    (while lam is 1): it says how well things stood before.  (B, T) -> (B, T)."""
+    (at lam 1): it takes away the noise of what was clear before.  (B, T) -> (B, T)."""
     before = F.pad(logits[:, :-1], (1, 0))  # of the empty prefix: logit 0, p = q = 1
     return (value(logits, reward) - value(before, reward)) * mask
 
@@ -564,8 +571,8 @@ def token_rewards(logits, mask, reward="js"):
 def advantages(rewards, mask, lam=1.0):
     """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: from its t-th token on, did a sequence
     gain more than others do?  The baseline takes noise away and, on average, changes
-    nothing else, since E_q[grad log q] = 0; but only if it does not depend on the draw that
-    it judges: it is the mean of the *other* sequences at that place.
+    nothing else, since E_q[grad log q] = sum_x grad q(x) = grad 1 = 0; but only if it does
+    not depend on the draw that it judges: it is the mean of the *other* sequences there.
     lam < 1: less noise, but only the near future counts.  (B, T) -> (B, T)."""
     A = rewards * mask
     for t in reversed(range(A.shape[1] - 1)):
@@ -720,7 +727,7 @@ class Arm:
     samples is taken with probability w / (sum of the k weights w).  That writes x with
     probability k q(x) E[w(x) / (w(x) + the weights of k - 1 others)]: x may stand in any of
     k places.  The mean over 1,000 sets of others estimates it closely: so log q is known
-    for this arm too."""
+    for this arm too; at another temperature as well, as f does not depend on q."""
 
     def __init__(self, model, p0, f=None, k=1):
         self.model, self.p0, self.f, self.k = model, p0, f, k
@@ -767,8 +774,8 @@ def features(p0, x):
 
 
 def judged(p0, x, truth, data):
-    """For text without a grammar, a fresh judge: least squares on features() (Fisher's
-    discriminant) tells half of the samples from text that p0 did not learn.
+    """For text without a grammar, a fresh judge: features() @ w, fitted by least squares to
+    be 1 for real text that p0 did not learn and -1 for half of the samples.
     (n, T+1), (N, T+1) ids -> its accuracy on the other half, and on truth; 0.5: fooled."""
     texts = data.val[:len(x) // 2], x[0::2], truth, x[1::2]
     real, fake, more_real, more_fake = (features(p0, text) for text in texts)
@@ -816,7 +823,7 @@ def measure_all(arms, score, data, cfg):
         bar = tqdm(grid, f"measure {name}", disable=None)
         rows = [measure(arm, decoding, 0, data, few)[0] for decoding in bar]
         best = min(rows, key=lambda row: row[score])
-        plain, lines = measure(arm, grid[0], 1, data, cfg)
+        plain, lines = measure(arm, (1.0, 0.0), 1, data, cfg)
         best, _ = measure(arm, (best["temperature"], best["min_p"]), 1, data, cfg)
         results[name] = {"plain": plain, "best": best, "all": rows}
         write(Path(cfg.out, f"samples_{name}.txt"), "\n".join([*lines, ""]))

@@ -816,7 +816,7 @@ def measure_all(arms, score, data, cfg):
     """{arm: {"plain": row, "best": row, "all": rows}}.  An arm's best decoding is chosen on
     half of the true sentences and reported, like the plain one, on the other half."""
     grid = list(itertools.product(cfg.temperatures, cfg.min_ps))
-    few = replace(cfg, eval_samples=cfg.eval_samples // 4)  # enough to choose by
+    few = replace(cfg, eval_samples=cfg.eval_samples // 2)  # enough to choose by
     results = {}
     for name, arm in arms.items():
         torch.manual_seed(cfg.seed)

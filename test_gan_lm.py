@@ -769,9 +769,9 @@ def test_the_best_decoding_is_chosen_on_one_half_and_reported_on_the_other(
         return {"temperature": decoding[0], "min_p": decoding[1],
                 "js": luck if half == 0 else 0.4}, ["a line"]
     monkeypatch.setattr(gan_lm, "measure", fake)
-    cfg = parse_flags([*FAST, "--out", str(tmp_path)])  # 40 samples, a quarter to choose by
+    cfg = parse_flags([*FAST, "--out", str(tmp_path)])  # 40 samples, half of them to choose by
     result = measure_all({"mle": None}, "js", data, cfg)["mle"]
-    assert seen[:4] == [((t, m), 0, 10) for t in (1.0, 0.8) for m in (0.0, 0.05)]
+    assert seen[:4] == [((t, m), 0, 20) for t in (1.0, 0.8) for m in (0.0, 0.05)]
     assert seen[4:] == [((1.0, 0.0), 1, 40), ((0.8, 0.05), 1, 40)]
     assert result["best"]["js"] == 0.4 and result["best"]["min_p"] == 0.05
     assert (tmp_path / "samples_mle.txt").read_text() == "a line\n"

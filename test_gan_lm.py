@@ -1096,7 +1096,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(stop, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
 def test_full_memory_is_one_line_and_leaves_nothing(tmp_path):
     def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+        resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
     argv = [*FAST, "--width", 4096, "--layers", 40, "--out", tmp_path / "out"]
     one_line(program(argv, preexec_fn=limit), "--width")
     assert not (tmp_path / "out").exists()

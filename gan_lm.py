@@ -20,7 +20,7 @@ errors.  The game looks at what G writes: G stops saying what it cannot say righ
 Is it the game that teaches, or p0?  D begins as a comparison of p0 with G, and learns a
 correction.  `--d_steps 0` leaves the correction away: the gain that is left is p0's.  And
 p0's training takes time, too: the README says what likelihood makes of that time.
-`--memory 0` takes G's limit away; if G then is as large as p0, p0 is mle itself, and all
+`--memory 0` takes G's limit away; if G then is as large as p0, mle serves as p0, and all
 that D can know beyond G is its correction.
 
     python gan_lm.py                                # a language whose truth is known
@@ -133,9 +133,10 @@ class Config:
 
 
 # Defaults for a text of your own: what two cores do in about ten minutes.
+# mle is then p0, too, unless flags make G another one than p0.
 YOUR_TEXT = {"layers": 2, "width": 128, "memory": 0, "p0_width": 128, "mle_steps": 3000,
              "p0_steps": 3000, "continued_steps": 800, "g_steps": 80, "g_samples": 256,
-             "gan_lr": 3e-4,  # at 3e-3 G collapses
+             "gan_lr": 3e-4,  # at 3e-3 it ends with a few short lines
              "temperatures": (1.0, 0.8), "min_ps": (0.0, 0.05), "eval_samples": 2000}
 
 
@@ -230,8 +231,8 @@ class Data:
         lines = [self.grammar.sample(rng) for _ in bar]
         rng = random.Random(cfg.seed + 10**6)
         truth = [self.grammar.sample(rng) for _ in range(cfg.eval_samples)]
-        if max(len(tokens_of(line, cfg.level)) for line in truth) > cfg.context:
-            fail(f"--context {cfg.context}: true sentences are longer; expected more")
+        if max(len(tokens_of(line, cfg.level)) for line in truth) >= cfg.context:
+            fail(f"--context {cfg.context}: too short for a true sentence; expected more")
         self.truth_logp = np.array([self.grammar.logp(line) for line in truth])
         return lines, truth
 
@@ -509,7 +510,7 @@ class CNNCorrection(nn.Module):
         super().__init__()
         C = self.width = p0.width
         self.token = nn.Embedding(p0.V, C, padding_idx=END)  # END is 0: pads say nothing
-        # So much padding that each filter sees pads alone somewhere: more change nothing.
+        # So much padding that each filter sees pads alone somewhere: more pads do nothing
         convolutions = [nn.Conv1d(C, C, width, padding=width) for width in (2, 3, 4, 5)]
         self.convolutions = nn.ModuleList(convolutions)
         self.head = nn.Linear(4 * C, 1)
@@ -551,10 +552,11 @@ def value(logits, reward="js"):
     (Likelihood descends KL(p || q): infinite if a true sentence is impossible to q; what q
     says wrong costs nothing but the probability that it takes from the rest.)
 
-    The last column holds if D is the best one, p/(p+q), and its logit is a mere number
-    while G takes a step.  For js: the derivative of 2 JS(p, q) by q(x) is log q/m (what
-    else there is, 1 - p/2m - q/2m, is 0), and that is log(1 - D) + log 2.  So to climb
-    -log(1 - D) is to descend 2 JS; log 2 changes nothing, as all q(x) together stay 1.
+    The last column is of whole sentences and of the best D, p/(p+q), held still while G
+    takes a step: the gradient of E_q[value] is sum_x grad q(x) value(x).  That of 2 JS is
+    sum_x grad q(x) log q/m (what else there is, 1 - p/2m - q/2m, is 0), and log q/m is
+    log(1 - D) + log 2.  So it is the same with the other sign: log 2 adds nothing, as all
+    grad q(x) add up to 0.  prob: the derivative of KL(p || m) by q(x) is -p/2m = -D.
     KL(a || b) = E_a[log a/b] is 0 if a = b; JS is symmetric and bounded: divergences()."""
     return {"js": F.softplus(logits), "logit": logits, "prob": logits.sigmoid()}[reward]
 
@@ -562,8 +564,9 @@ def value(logits, reward="js"):
 def token_rewards(logits, mask, reward="js"):
     """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  From t
     on they add up to the value of the whole sentence less that of x_1..t-1: what is already
-    written gets neither credit nor blame.  That is all that D's opinion of a prefix does
-    (at lam 1): it takes away the noise of what was clear before.  (B, T) -> (B, T)."""
+    written gets neither credit nor blame.  At lam 1 D's opinion of a prefix does no more
+    than to be subtracted so: on average G learns from the value of whole sentences, and the
+    noise of what was clear before is gone.  (B, T) -> (B, T)."""
     before = F.pad(logits[:, :-1], (1, 0))  # of the empty prefix: logit 0, p = q = 1
     return (value(logits, reward) - value(before, reward)) * mask
 
@@ -661,7 +664,7 @@ def adversarial(model, f, p0, data, cfg):
 
         # (3) Rewards (n, T): by how much each token raised D's opinion.  D's logit has log
         # q in it: a number here, without a gradient.  D is held still while G moves.
-        logits = in_chunks(lambda *text: discriminator(f, *text), x, hints, logq)
+        logits = in_chunks(lambda *part: discriminator(f, *part), x, hints, logq)
         rewards = token_rewards(logits, mask, cfg.reward)
 
         # (4) Advantages (n, T): above 0 if it went better than usual from that token on.
@@ -727,7 +730,7 @@ class Arm:
     samples is taken with probability w / (sum of the k weights w).  That writes x with
     probability k q(x) E[w(x) / (w(x) + the weights of k - 1 others)]: x may stand in any of
     k places.  The mean over 1,000 sets of others estimates it closely: so log q is known
-    for this arm too; at another temperature as well, as f does not depend on q."""
+    for this arm too.  At another temperature log q in w is another; f, log p/p0, is not."""
 
     def __init__(self, model, p0, f=None, k=1):
         self.model, self.p0, self.f, self.k = model, p0, f, k
@@ -756,7 +759,7 @@ class Arm:
     def log_weights(self, x, logq):
         """log w, D's logit, of whole sentences: (N, T+1) ids, (N, T) -> (N,)"""
         hints = hints_of(self.p0, x)
-        logits = in_chunks(lambda *text: discriminator(self.f, *text), x, hints, logq)
+        logits = in_chunks(lambda *part: discriminator(self.f, *part), x, hints, logq)
         return logits[is_last(x)]
 
 
@@ -826,7 +829,7 @@ def measure_all(arms, score, data, cfg):
         plain, lines = measure(arm, (1.0, 0.0), 1, data, cfg)
         best, _ = measure(arm, (best["temperature"], best["min_p"]), 1, data, cfg)
         results[name] = {"plain": plain, "best": best, "all": rows}
-        write(Path(cfg.out, f"samples_{name}.txt"), "\n".join([*lines, ""]))
+        save(Path(cfg.out, f"samples_{name}.txt"), "\n".join([*lines, ""]))
         shown = [f"  {data.mark(line)} {line}" for line in lines[:6]]
         print("", f"{name} writes:", *shown, sep="\n", flush=True)
     return results
@@ -860,8 +863,7 @@ def verdict(results, score):
     says = "wins" if gain > threshold else "LOSES" if gain < -threshold else "does NOT win"
     ratio = f"ratio {gan[score] / other[score]:.2f}; " if score == "js" else ""
     return (f"Best {score}: gan {gan[score]:.3f}, {rival} {other[score]:.3f}; {ratio}"
-            f"difference {gain:.3f} (could be luck: up to {threshold:.3f}): "
-            f"the GAN phase {says}.")
+            f"difference {gain:.3f}, needed {threshold:.3f}: the GAN phase {says}.")
 
 
 def draw(results, curves, score, path):
@@ -893,11 +895,11 @@ def draw(results, curves, score, path):
         axis.set_xlabel("turns of the game" if name == names[-1] else "")
     content = io.BytesIO()
     figure.savefig(content, dpi=150, format="png")
-    write(path, content.getvalue())
+    save(path, content.getvalue())
 
 
 # ---- 9 the run ---------------------------------------------------------------------------
-def write(path, content):
+def save(path, content):
     """Bytes, or a text: whole or not at all, even on a full disk."""
     new = path.with_name(f".{path.name}.new")
     try:
@@ -927,7 +929,7 @@ def begin(cfg, data):
         fail(f"--out {folder}: is not empty; expected another folder, or --resume")
     else:
         folder.mkdir(parents=True, exist_ok=folder.is_dir())
-        write(folder / "config.json", content)
+        save(folder / "config.json", content)
 
 
 def config_of(folder):
@@ -957,7 +959,7 @@ def phase(name, model, train, cfg, records):
         record["seconds"] = time.monotonic() - start
         content = io.BytesIO()  # not the file itself: a full disk would not be an OSError
         torch.save([record, model.shape, model.state_dict()], content)
-        write(file, content.getvalue())
+        save(file, content.getvalue())
         print(f"  {record['seconds']:.0f} seconds")
     model, records[name] = load(file, cfg.device)
     return model
@@ -1033,7 +1035,7 @@ def answer(arms, records, data, cfg):
                       "all": list(map(plain, r["all"]))} for name, r in results.items()}
     report = {"torch": torch.__version__, "config": asdict(cfg), "phases": records,
               "arms": figures, "verdict": says}
-    write(Path(cfg.out, "report.json"), json.dumps(report, indent=1))
+    save(Path(cfg.out, "report.json"), json.dumps(report, indent=1))
     show_table(results, score)
     print(f"\n{says}")
     draw(results, records["gan"]["curves"], score, Path(cfg.out, "report.png"))

@@ -291,12 +291,13 @@ def trim(x):
     return x[:, :longest + 1].long()
 
 
-def batches(x, size):
-    """Endless shuffled batches of row numbers, of rows of like length: with little padding
-    p0 learns 1.5 times as fast.  The price: where every gradient is clipped (long lines of
-    characters), batches of short rows pull as hard as those of long ones."""
+def batches(x, size, pool=16):
+    """Endless shuffled batches of row numbers; the rows of `pool` batches are sorted by
+    length: with little padding p0 learns 1.5 times as fast.  But where every gradient is
+    clipped, as with long lines of characters, batches of short rows would then pull as hard
+    as those of long ones: a pool of 1 mixes them."""
     while True:
-        for rows in torch.randperm(len(x), device=x.device).split(16 * size):
+        for rows in torch.randperm(len(x), device=x.device).split(pool * size):
             rows = rows[:max(1, len(rows) // size) * size]  # without a last one, half full
             sets = rows[real_tokens(x[rows]).sum(1).argsort()].split(size)
             for i in torch.randperm(len(sets)):
@@ -615,7 +616,7 @@ def update(module, adam, step, steps, lr):
 def likelihood(model, data, steps, cfg):
     """Train `model` by likelihood.  It ends as it was at its best look at held-out text."""
     adam = adamw(model)
-    batch_rows = batches(data.train, cfg.batch_size)
+    batch_rows = batches(data.train, cfg.batch_size, pool=16 if data.grammar else 1)
     look_every = max(10, math.ceil(steps / 16))
     nll, best = [], None
 

@@ -246,6 +246,9 @@ def test_batches_hold_every_row_and_rows_of_like_length():
     stream = batches(x[:61], 8)  # a rest that fills no batch waits for another epoch
     assert {i for _ in range(60) for i in next(stream).tolist()} == set(range(61))
     assert sorted(next(batches(x[:3], 8)).tolist()) == [0, 1, 2]
+    mixed = list(itertools.islice(batches(x, 8, pool=1), 8))
+    assert sorted(torch.cat(mixed).tolist()) == list(range(64))
+    assert min(real_tokens(x[part]).sum(1).var() for part in mixed) > 1
 
 
 def test_the_last_real_token_is_the_first_end_or_where_a_row_is_cut():

@@ -5,25 +5,24 @@ The generator G, a small GPT, is first trained by likelihood, as every language 
 G's samples, and G learns to make samples that D takes for real.
 
     text --likelihood--> mle --the game: D and G take turns--> gan
-                          |-----more likelihood--------------> continued, in the same time
+                          |-----more likelihood--------------> continued, about as long
 
-Does the game do more for G than the cheap alternatives: more likelihood (`continued`), a
-lower temperature, a truncation of unlikely tokens?  The sentences come from a grammar, so
-the true probability p of each is known, and so is G's own, q.  The distance from p to q is
-then measured, not guessed.
+Does the game do more for G than more likelihood, a lower temperature, a truncation of
+unlikely tokens?  The sentences come from a grammar, so the true probability p of each is
+known, and so is G's own, q: the distance from p to q is measured, not guessed.
 
-G's window is too short for its language.  Likelihood never looks at what G samples: it only
-asks that no true sentence be unlikely, so G tries to say everything, with errors.  The game
-looks at nothing but samples: G stops saying what it gets wrong.
+G sees only the last few tokens, too few for its language; D sees all.  Likelihood asks only
+that no true sentence be unlikely, whatever G samples: so G tries to say everything, with
+errors.  The game looks at nothing but samples: G stops saying what it gets wrong.
 
     python gan_lm.py                                # a language whose truth is known
     python gan_lm.py --data your.txt --level char   # your own text, one sequence per line
     python gan_lm.py --sample 9 --prompt "the dog"  # the same command, when it has finished
 
 Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which complete a prefix many
-times to learn what it is worth; here D judges every prefix.  Added: D knows log q.
+times to learn its worth; here D has a logit for each prefix.  Added: D knows log q.
 
-Shapes: B batch, T time, C channels, V vocabulary.  logp: a log-probability in nats.
+Shapes: B batch, T time, C channels, V vocabulary.  X.logp: log of X's probability, in nats.
 """
 import argparse, importlib.util, json, math, random, re, sys, time, unicodedata, zlib
 from copy import deepcopy
@@ -38,9 +37,9 @@ from tqdm import tqdm, trange
 
 END = 0  # one token begins, ends and pads a sequence
 HEAD = 32  # channels of an attention head
-ROWS = 128  # how many sequences are computed at a time: as many as a CPU's cache holds
+ROWS = 128  # sequences that are computed at a time: they fit a CPU's cache
 TINY = Path(globals().get("__file__", "gan_lm.py")).with_name("tiny_data")
-DECODINGS = [(T, min_p) for T in (1.0, 1.15, 0.9, 0.8) for min_p in (0.0, 0.005, 0.02)]
+DECODINGS = [(heat, min_p) for heat in (1, 1.15, 0.9, 0.8) for min_p in (0.0, 0.005, 0.02)]
 
 
 # ---- 1 configuration: each field is a flag of the same name ------------------------------
@@ -55,76 +54,76 @@ def flag(default, help, choices=None):
 class Config:
     # the text
     data: str = flag("", "a text, one sequence per line; none: sentences of the grammar")
-    grammar: str = flag(str(TINY / "grammar.txt"), "rules of the language; no --data")
+    grammar: str = flag(str(TINY / "grammar.txt"), "rules of the language, without --data")
     sentences: int = flag(160_000, "how many sentences of the grammar")
     level: str = flag("word", "what a token is", ["word", "char"])
-    context: int = flag(64, "longest sequence in tokens; the rest is cut")
+    context: int = flag(64, "longer sequences of --data are cut to so many tokens")
     # the generator G and its training by likelihood
-    layers: int = flag(1, "layers of G, and of D; with --data 2")
-    width: int = flag(32, "channels of G; with --data 128", WIDTHS)
-    window: int = flag(2, "how many tokens each layer of G sees, 0: all; with --data 0")
-    mle_steps: int = flag(6000, "likelihood steps of mle; with --data 3000")
-    continued_steps: int = flag(15_000, "of continued: the game's time; with --data 1500")
+    layers: int = flag(1, "layers of G, and of D; 2 with --data")
+    width: int = flag(32, "channels of G; 128 with --data", WIDTHS)
+    window: int = flag(2, "how many tokens a layer of G sees, 0: all; 0 with --data")
+    mle_steps: int = flag(6000, "likelihood steps of mle; 3000 with --data")
+    continued_steps: int = flag(15_000, "of continued: the game's time; 1500 with --data")
     batch_size: int = flag(64, "sequences per step; for D half of them are real")
     lr: float = flag(4e-3, "peak learning rate of likelihood")
     # the discriminator D
-    disc: str = flag("gpt", "D is a GPT or a CNN; with --data cnn", ["gpt", "cnn"])
+    disc: str = flag("gpt", "D is a GPT or a CNN; cnn with --data", ["gpt", "cnn"])
     d_width: int = flag(64, "channels of D", WIDTHS)
     d_mle_steps: int = flag(0, "likelihood steps of D before the game, if it is a GPT")
     # the game
-    head_start: int = flag(250, "rounds in which D learns alone; with --data 100")
-    rounds: int = flag(200, "rounds in which D and G learn; with --data 80")
+    head_start: int = flag(250, "rounds in which D learns alone; 100 with --data")
+    rounds: int = flag(200, "rounds in which D and G learn; 80 with --data")
     d_steps: int = flag(8, "steps of D per round; 0: D is frozen")
-    g_samples: int = flag(1024, "samples of G per round; with --data 256")
+    g_samples: int = flag(1024, "samples of G per round; 256 with --data")
     g_lr: float = flag(3e-3, "peak learning rate of G in the game")
     d_lr: float = flag(3e-3, "peak learning rate of D in the game")
-    reward: str = flag("js", "what G climbs: see value()", ["js", "logit", "prob"])
+    reward: str = flag("js", "what G maximises: see value()", ["js", "logit", "prob"])
     lam: float = flag(1.0, "a reward k tokens later counts lam^k")
     # measurement and the run
-    eval_samples: int = flag(8000, "samples to measure a model by; with --data 2000")
+    eval_samples: int = flag(8000, "samples and true lines to measure by; 2000 with --data")
     seed: int = flag(0, "same seed, same machine: same numbers")
     threads: int = flag(1, "CPU threads; more are slow where other programs run")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    out: str = flag("out", "folder of the run; the same command again goes on with it")
+    out: str = flag("out", "folder of the run; the same command resumes it")
     # a finished run
-    sample: int = flag(0, "added to the command of a finished run: so many samples")
+    sample: int = flag(0, "print so many samples of a run that has finished")
     model: str = flag("gan", "whose samples", ["mle", "continued", "gan"])
     prompt: str = flag("", "the text that these samples begin with")
     temperature: float = flag(1.0, "of these samples")
     min_p: float = flag(0.0, "truncation of these samples")
 
 
-# Defaults with --data: a larger G that sees all, and the D that does no harm
+# Defaults with --data: a larger G that sees all; D starts from G's own opinion
 YOUR_TEXT = dict(layers=2, width=128, window=0, disc="cnn", eval_samples=2000, rounds=80,
                  mle_steps=3000, head_start=100, g_samples=256, continued_steps=1500)
 FOR_SAMPLES = ["model", "prompt", "temperature", "min_p"]
 
 
 def fail(message):
-    """A mistake in a flag or a file ends the program with one line about it."""
     print("gan_lm.py: error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_flags(argv=None):
-    """Command line -> Config.  A flag that would have no effect is refused."""
+    """Command line -> Config.  Flags that would have no effect are refused."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda text: fail(text.replace("invalid int", "expected integer, not"))
+    parser.error = lambda e: fail(e.replace("invalid int value", "expected an integer"))
     for f in fields(Config):
         parser.add_argument("--" + f.name, type=f.type, default=f.default, **f.metadata)
     if parser.parse_args(argv).data:
-        parser.set_defaults(**YOUR_TEXT)
+        parser.set_defaults(**YOUR_TEXT)  # for the second look at the flags
     cfg = Config(**vars(parser.parse_args(argv)))
     idle = dict.fromkeys(["grammar", "sentences"], "without --data") if cfg.data else {}
     idle |= {} if cfg.sample else dict.fromkeys(FOR_SAMPLES, "with --sample")
+    idle |= {"d_mle_steps": "with --disc gpt"} if cfg.disc == "cnn" else {}
     for name in idle:
         if getattr(cfg, name) != parser.get_default(name):
-            fail(f"argument --{name}: expected only {idle[name]}")
+            fail(f"argument --{name} works only {idle[name]}")
     return cfg
 
 
 # ---- 2 text: lines <-> (N, T+1) token ids ------------------------------------------------
-# In many scripts a letter's accents and vowel signs are characters of their own.
+# \w leaves out accents and vowel signs that are characters of their own, and joiners.
 MARKS = "".join(c for c in map(chr, range(2**17)) if unicodedata.category(c)[0] == "M")
 WORD = re.compile(rf" ?[\w'\u200c\u200d{MARKS}-]+| ?\S")
 
@@ -135,7 +134,7 @@ def tokens_of(line, level):
 
 
 def lines_of(x, symbols):
-    """(N, T+1) ids -> N lines.  symbols: what each id stands for; the 0th, END, for ""."""
+    """(N, T+1) ids -> N lines.  symbols[i]: the text of id i; that of END is empty."""
     return ["".join(symbols[i] for i in row).removeprefix(" ") for row in x.tolist()]
 
 
@@ -160,7 +159,7 @@ class Data:
             bar = trange(cfg.sentences + n_truth, desc="text", disable=None)
             lines = [self.grammar.sample(rng) for _ in bar]
         if len(lines) < 100:
-            fail(f"{cfg.data}: {len(lines)} lines; expected at least 100, a sequence each")
+            fail(f"{cfg.data or cfg.grammar}: {len(lines)} lines; expected 100 or more")
         rng.shuffle(lines)
 
         tokens = [tokens_of(line, cfg.level) for line in lines]
@@ -169,7 +168,7 @@ class Data:
         self.symbols = ["", *sorted(set().union(*tokens))]  # the 0th is END
         id_of = {symbol: i for i, symbol in enumerate(self.symbols)}
         x = torch.full((len(lines), self.context + 1), END)  # END, the tokens, END ... END
-        for row, line in zip(x.numpy(), tokens):
+        for row, line in zip(x.numpy(), tokens):  # each row is a view of x
             row[1:1 + len(line)] = [id_of[token] for token in line[:self.context]]
         ends = [n_truth, n_truth + min(len(lines) // 10, 2000)]
         self.truth, self.val, self.train = x.to(cfg.device).tensor_split(ends)
@@ -187,7 +186,7 @@ class Data:
 
 
 def token_mask(x):
-    """(B, T+1) ids -> (B, T) mask of what counts: the text, and its END if it is not cut.
+    """(B, T+1) ids -> (B, T) mask of what counts: the text and, unless it was cut, one END.
 
     x[:, :-1]        END  the  dog  runs  .    END  END    what the model reads
     x[:, 1:]         the  dog  runs  .    END  END  END    what it should say next
@@ -206,15 +205,14 @@ def trim(x):
 
 
 def batch(x, size):
-    """`size` random rows"""
     return x[torch.randint(len(x), (size,), device=x.device)]
 
 
 @torch.no_grad()
-def in_chunks(function, x):
+def in_chunks(function, x, *how):
     """function(x), (N, T+1) ids -> (N, T), without a gradient and ROWS rows at a time."""
     T = x.shape[1] - 1
-    parts = [function(trim(part)) for part in x.split(ROWS)]
+    parts = [function(trim(part), *how) for part in x.split(ROWS)]
     return torch.cat([F.pad(part, (0, T - part.shape[1])) for part in parts])
 
 
@@ -230,8 +228,6 @@ def log_probs(logits, temperature=1.0, min_p=0.0):
 
 
 class Block(nn.Module):
-    """Attention to the tokens before, then a small network on each token."""
-
     def __init__(self, C):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
@@ -240,7 +236,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask, past=None):
         """(B, T, C) -> (B, T, C), and the keys and values: those of `past`, and its own.
-        mask (T, T): which tokens each may see, if there is no past."""
+        mask (T, T): which tokens each may see; T is 1 with a past, and nothing hidden."""
         B, T, C = x.shape
         qkv = self.qkv(self.ln1(x)).view(B, T, 3, C // HEAD, HEAD)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, T, HEAD)
@@ -252,9 +248,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A transformer (Radford et al. 2019); its head is its token embedding, transposed.
-
-    window: how many tokens a layer's attention sees, the last one included; 0: all."""
+    """A transformer (Radford et al. 2019) whose head is its token embedding, transposed.
+    window: how many tokens attention sees, a token itself and those just before; 0: all."""
 
     def __init__(self, V, context, layers, width, window=0):
         super().__init__()
@@ -308,31 +303,30 @@ class GPT(nn.Module):
 
 # ---- 4 the discriminator D ---------------------------------------------------------------
 def discriminator_logits(s, logq):
-    """D's logit for each prefix x_1..t; (B, T), (B, T) -> (B, T):
+    """D's logit for each prefix x_1..t, whose sigmoid is D's probability that it is real:
 
-        logit_t = sum_{k<=t}  s_k - log q(x_k | x_<k),     s = D.logp(x)
+        logit_t = sum_{k<=t} ( s_k - log q(x_k | x_<k) ),     s = D.logp(x)
 
     The best logit is log p/q (see discriminator_loss).  log q is known: it is G's own.  So
     all that D has to learn is s = log p, the language, which stays as it is while G moves.
-    A D that is not told log q has to learn p/q, which changes with every step of G, and
-    nothing keeps G from running away to where D has never looked.
+    Not told log q, D would have to learn p/q anew at every step of G.  Told it, its logit
+    falls by itself wherever G raises q: G cannot run away to where D has never looked.
 
-    Two kinds of D have this logp().  A GPT: s is its log-probability.  It is a language
-    model, but one that learns from the game alone.  A CNN: see below.  (Finn et al. 2016
-    and Fu et al. 2018 have this form in imitation learning.)"""
+    D is a GPT, whose s is its log-probability, or a CNN.  (In imitation learning: Finn et
+    al. 2016, Fu et al. 2018.)  (B, T), (B, T) -> (B, T)"""
     return (s - logq).cumsum(1)
 
 
 class CNN(nn.Module):
-    """SeqGAN's D (Kim 2014): one number for a whole sentence, f(x), added to log q of G's
-    start.  So it begins without an opinion: D = 1/2.  (RLHF has this form too: f is the
-    reward model, log q_start - log q the KL penalty.)"""
+    """SeqGAN's D (Kim 2014): a number f(x) for a whole sentence, added to log q of G as it
+    was when the game began (`start`).  So D begins without an opinion: all logits are 0.
+    (RLHF has this form: f is the reward model, log q_start - log q the KL penalty.)"""
 
     def __init__(self, start, C):
         super().__init__()
         self.start, self.width = deepcopy(start).requires_grad_(False), C
         self.token = nn.Embedding(len(start.token.weight), C, padding_idx=END)
-        # So much padding that each filter sees pads alone somewhere: more pads do nothing
+        # END is embedded as 0, as padding is, and each filter sees k zeros in any case
         self.convs = nn.ModuleList(nn.Conv1d(C, C, k, padding=k) for k in (2, 3, 4, 5))
         self.head = nn.Linear(4 * C, 1, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -355,44 +349,42 @@ def likelihood_loss(logp):
 
 
 def discriminator_loss(logits, is_real, mask):
-    """-log D(real) - log(1 - D(sample)), D = sigmoid(logit) (Goodfellow et al. 2014, eq.
-    1), the mean over all prefixes; half of the sentences are real.  A prefix that begins a
-    share p of the real ones and q of the samples costs -p log D - q log(1 - D), which is
-    least at D = p/(p+q): there the logit is log p/q.
+    """-log D if a sentence is real, -log(1 - D) if it is a sample, D = sigmoid(logit): the
+    mean over all prefixes (Goodfellow et al. 2014, eq. 1).  Half of the sentences are real.
+    A prefix that begins a share p of the real ones and q of the samples costs -p log D -
+    q log(1 - D), which is least at D = p/(p+q): there the logit is log p/q.
     (B, T), (B,) bool, (B, T) -> scalar; ln 2 = 0.693 where D has no opinion."""
-    loss = F.softplus(torch.where(is_real[:, None], -logits, logits))
+    loss = F.softplus(torch.where(is_real[:, None], -logits, logits))  # -log sigmoid(+-)
     return (loss * mask).sum() / mask.sum()
 
 
 def value(logits, reward="js"):
-    """How real a prefix looks to D: what G climbs; any shape -> the same.
+    """How real a prefix looks to D: what G maximises; any shape -> the same.
 
-    reward  what G climbs       and thereby descends; m = (p+q)/2
+    reward  what G maximises    what it thereby minimises; m = (p+q)/2
     js      -log(1 - D)         2 JS(p, q) = KL(p || m) + KL(q || m): Goodfellow's game
     prob    D                   KL(p || m) alone: SeqGAN's choice
     logit   log D - log(1 - D)  KL(q || p): punishes what is wrong, not what is missing
 
-    (Likelihood descends KL(p || q), which punishes what is missing.)  The last column holds
-    for whole sentences, with the best D held still while G takes a step.  For js: the
-    gradient of 2 JS is sum_x grad q(x) log q/m, and -log(1 - D) = log 2 - log q/m."""
+    (Likelihood: KL(p || q), which punishes what is missing.)  The last column is for whole
+    sentences and the best D, which holds still while G takes a step: the gradient of 2 JS is
+    sum_x grad q(x) log q/m, and -log(1 - D) is log 2 - log q/m.  (JS: Jensen-Shannon.)"""
     return {"js": F.softplus(logits), "logit": logits, "prob": logits.sigmoid()}[reward]
 
 
 def token_rewards(logits, mask, reward="js"):
-    """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value, so that
-    what stands already gets neither credit nor blame (potential-based shaping, Ng et al.
-    1999).  Over a sentence they add up to its value, less a constant.  (B, T) -> (B, T)."""
+    """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  Over a
+    sentence: its value, less a constant (shaping, Ng et al. 1999).  (B, T) -> (B, T)."""
     before = F.pad(logits[:, :-1], (1, 0))  # of the empty prefix: logit 0, since p = q = 1
     return (value(logits, reward) - value(before, reward)) * mask
 
 
 def advantages(rewards, mask, lam=1.0):
-    """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: what followed, from the t-th token on,
-    less what followed in the other samples on average (RLOO, Kool et al. 2019).  A baseline
-    takes away noise and, as it does not depend on the sample itself, changes nothing on
-    average: E_q[grad log q] = sum_x grad q(x) = grad 1 = 0.  lam < 1: less noise, but the
-    far future counts less (GAE, Schulman et al. 2016).  (B, T) -> (B, T)."""
-    A = rewards * mask
+    """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: the rewards from the t-th token on, less
+    their mean in the other samples (RLOO, Kool et al. 2019).  A baseline takes away noise
+    and, not depending on the sample itself, changes nothing on average: E_q[grad log q] =
+    sum_x grad q(x) = grad 1 = 0.  lam: see GAE, Schulman et al. 2016.  (B, T) -> (B, T)."""
+    A = rewards * mask  # a copy
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
     others = (A.sum(0) - A) / (mask.sum(0) - 1).clamp(min=1)  # their mean at each place
@@ -402,7 +394,8 @@ def advantages(rewards, mask, lam=1.0):
 def policy_gradient_loss(logq, advantage):
     """REINFORCE (Williams 1992): -sum_t A_t log q(x_t | x_<t); (B, T) -> scalar.
     The gradient of E_q[R] = sum_x q(x) R(x) is E_q[R grad log q], as grad q = q grad log q:
-    a mean over samples.  Only the gradient of this loss means something, not its value."""
+    a mean over samples.  A_t stands for R: what came before is not the t-th token's doing.
+    Only this loss's gradient means something, not its value."""
     return -(advantage * logq).sum(1).mean()
 
 
@@ -412,10 +405,9 @@ def adamw(module):
 
 
 def update(module, adam, step, steps, lr):
-    """One step of AdamW.  The learning rate rises for 20 steps, then falls to 0 along a
-    cosine; modules wider than 64 get a lower one."""
+    """One step of AdamW.  The learning rate rises for 20 steps, then falls along a cosine."""
     lr *= min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
-    adam.param_groups[0]["lr"] = lr * min(1, 64 / module.width)
+    adam.param_groups[0]["lr"] = lr * min(1, 64 / module.width)  # lower for a wide module
     nn.utils.clip_grad_norm_(module.parameters(), 10.0)
     adam.step()
     adam.zero_grad()
@@ -443,13 +435,13 @@ def loss_of_d(D, G, real, fake):
     x = trim(torch.cat([real, fake]))
     is_real = torch.arange(len(x), device=x.device) < len(real)
     logits = discriminator_logits(D.logp(x), in_chunks(G.logp, x))
-    mask = is_last(x) if isinstance(D, CNN) else token_mask(x)  # the prefixes that D judges
+    mask = is_last(x) if isinstance(D, CNN) else token_mask(x)  # a CNN judges whole ones
     return discriminator_loss(logits, is_real, mask)
 
 
 def passes_exam(D, G, data):
-    """Is D better than chance on held-out sentences and fresh samples?  Ten parts give its
-    loss an error.  (In training D's loss says less: it may know a short text by heart.)"""
+    """Is D better than chance on held-out sentences and fresh samples?  (In training it may
+    know a short text by heart.)  The spread over ten parts gives the mean loss an error."""
     parts = zip(data.val.chunk(10), G.sample(len(data.val)).chunk(10))
     losses = [loss_of_d(D, G, real, fake).item() for real, fake in parts]
     worst = np.mean(losses) + 2 * np.std(losses) / math.sqrt(len(losses))
@@ -459,9 +451,8 @@ def passes_exam(D, G, data):
 
 
 def train_gan(G, D, data, cfg):
-    """The game: D and G take turns.  First D learns alone for some rounds, the head start:
-    G must not listen to a D that knows nothing.  Then D has an exam: if it is no better
-    than chance it has nothing to teach, and G stays as it is."""
+    """The game: D and G take turns.  First D learns alone for some rounds, the head start,
+    and passes an exam: G must not listen to a D that knows nothing."""
     if cfg.d_mle_steps:
         train_mle(D, data, cfg, cfg.d_mle_steps)
     adam_g, adam_d, d_loss, curves = adamw(G), adamw(D), [], []
@@ -482,8 +473,8 @@ def train_gan(G, D, data, cfg):
         if i == cfg.head_start and not passes_exam(D, G, data):
             break
 
-        # (3) Rewards (n, T): by how much each token raised D's opinion.  log q is a number
-        # here, without a gradient: D is held still while G moves.
+        # (3) Rewards (n, T): by how much each token raised D's opinion.  D holds still: no
+        # gradient passes through its logit, not even through log q.
         logq, mask = in_chunks(G.logp, fake), token_mask(fake)
         logits = discriminator_logits(in_chunks(D.logp, fake), logq)
         rewards = token_rewards(logits, mask, cfg.reward)
@@ -495,7 +486,7 @@ def train_gan(G, D, data, cfg):
         for part, a in zip(fake.split(ROWS), A.split(ROWS)):
             part = trim(part)
             loss = policy_gradient_loss(G.logp(part), a[:, :part.shape[1] - 1])
-            (loss * len(part) / len(fake)).backward()
+            (loss * len(part) / len(fake)).backward()  # adds up to the mean over all
         update(G, adam_g, i - cfg.head_start, cfg.rounds, cfg.g_lr)
 
         curves.append(watch(fake, rewards, d_loss[-cfg.d_steps:], data))
@@ -506,7 +497,6 @@ def train_gan(G, D, data, cfg):
 
 
 def watch(fake, rewards, d_loss, data):
-    """A point of each curve: means per sample; d_loss per prefix"""
     point = {"d_loss": float(np.mean(d_loss or 0)), "reward": rewards.sum(1).mean().item(),
              "tokens": token_mask(fake).sum(1).mean().item()}
     if data.grammar:
@@ -518,8 +508,8 @@ def watch(fake, rewards, d_loss, data):
 # ---- 7 measurement -----------------------------------------------------------------------
 def js_terms(logp_p, logq_p, logp_q, logq_q):
     """The Jensen-Shannon divergence in bits (Lin 1991), 0: the same, 1: nothing in common.
-    JS = (E_p[log2 p/m] + E_q[log2 q/m]) / 2, m = (p+q)/2.  (N,) log p and log q of true
-    sentences, (M,) of samples -> (N,), (M,): JS is the mean of their two means."""
+    JS = (E_p[log2 p/m] + E_q[log2 q/m]) / 2, m = (p+q)/2.  logq_p (N,): log q of sentences
+    drawn from p, and so on -> (N,), (M,): JS is the mean of their two means."""
     return (1 - np.logaddexp(0, logq_p - logp_p) / math.log(2),  # log2 p/m
             1 - np.logaddexp(0, logp_q - logq_q) / math.log(2))  # log2 q/m
 
@@ -543,18 +533,18 @@ def figures(row):
 
 
 def half_interval(*terms):
-    """Half of the 95 % interval of half the sum of the terms' means."""
+    """The +- (95 %) of (mean of the first term + mean of the second + ...) / 2"""
     return 1.96 * math.sqrt(sum(term.var() / len(term) for term in terms)) / 2
 
 
 def measure(model, decoding, half, data, cfg):
-    """A model at a decoding, (temperature, min_p), against half of the true sentences ->
-    its figures; the terms of its score; its samples as lines."""
+    """A model at a decoding, against one half of the true sentences, 0 or 1 -> its figures
+    (score: JS, or the judge's accuracy; less is better), the score's terms, the samples."""
     truth = data.truth[half::2]
-    x = model.sample(cfg.eval_samples // (2 - half), *decoding)  # half of them to choose by
+    x = model.sample(cfg.eval_samples // (2 - half), *decoding)  # fewer to choose by
     lines = lines_of(x, data.symbols)
-    logq, logq_truth = (in_chunks(lambda part: model.logp(part, *decoding), ids).sum(1)
-                        .cpu().double().numpy() for ids in (x, truth))
+    logq, logq_truth = (in_chunks(model.logp, ids, *decoding).sum(1).cpu().double().numpy()
+                        for ids in (x, truth))
     if data.grammar:
         logp, logp_truth = data.logp(lines), data.truth_logp[half::2]
         terms = js_terms(logp_truth, logq_truth, logp, logq)
@@ -563,9 +553,8 @@ def measure(model, decoding, half, data, cfg):
         terms = judge_terms(model, data.train, x[::2], truth, x[1::2])
         row = {"nll": -logq_truth.mean()}
     novel = np.mean([line not in data.seen for line in lines])
-    score = np.mean([term.mean() for term in terms])
-    return {"score": score, "error": half_interval(*terms), "temperature": decoding[0],
-            "min_p": decoding[1], **row, "novel": novel,
+    return {"score": np.mean([t.mean() for t in terms]), "error": half_interval(*terms),
+            "temperature": decoding[0], "min_p": decoding[1], **row, "novel": novel,
             "distinct": len(set(lines)) / len(lines)}, terms, lines
 
 
@@ -578,9 +567,9 @@ def compare(models, data, cfg):
         torch.manual_seed(cfg.seed)
         rows = [measure(model, decoding, 0, data, cfg)[0]
                 for decoding in tqdm(DECODINGS, f"measure {name}", disable=None)]
-        best = DECODINGS[np.argmin([row["score"] for row in rows])]
+        chosen = DECODINGS[np.argmin([row["score"] for row in rows])]
         plain, _, lines = measure(model, (1.0, 0.0), 1, data, cfg)
-        best, terms[name], _ = measure(model, best, 1, data, cfg)
+        best, terms[name], _ = measure(model, chosen, 1, data, cfg)
         results[name] = {"plain": plain, "best": best, "all": rows}
         print(f"\n{name} plain: {figures(plain)}\n{name} best:  {figures(best)}")
         print(*map(data.mark, lines[:5]), sep="\n", flush=True)
@@ -593,14 +582,13 @@ def verdict(results, terms):
     score = {name: result["best"]["score"] for name, result in results.items()}
     rival = min("mle", "continued", key=score.get)
     gan, other, gain = terms["gan"], terms[rival], score[rival] - score["gan"]
-    error = max(0.002, half_interval(other[0] - gan[0], other[1], gan[1]))
+    error = max(0.002, half_interval(other[0] - gan[0], other[1], gan[1]))  # 0.002: nothing
     says = "wins" if gain > error else "LOSES" if gain < -error else "does NOT win"
     return (f"Best scores: gan {score['gan']:.3f}, {rival} {score[rival]:.3f}, difference "
             f"{gain:.3f}\u00b1{error:.3f}: the game {says} on this seed.")
 
 
 def draw(curves, path):
-    """A picture of the game."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 8), layout="constrained")
     for axis, name in zip(figure.subplots(len(curves[0])), curves[0]):
@@ -610,13 +598,13 @@ def draw(curves, path):
 
 
 # ---- 9 the run ---------------------------------------------------------------------------
-FREE = ["data", "grammar", "threads", "device", "out", "sample", *FOR_SAMPLES]
+MAY_CHANGE = ["data", "grammar", "threads", "device", "out", "sample", *FOR_SAMPLES]
 
 
 def claim(cfg, text):
-    """The folder --out is for one run, of the same flags and the same text."""
+    """The folder --out is for one run: the same text and, but for MAY_CHANGE, flags."""
     folder, file = Path(cfg.out), Path(cfg.out, "config.json")
-    run = {name: x for name, x in asdict(cfg).items() if name not in FREE}
+    run = {name: x for name, x in asdict(cfg).items() if name not in MAY_CHANGE}
     run = json.dumps(run | {"checksum of the text": zlib.crc32(text.encode())}, indent=1)
     if any(folder.glob("*")) and not (file.exists() and file.read_text() == run):
         fail(f"--out {folder}: holds something else than this run; expected a new folder")
@@ -627,10 +615,10 @@ def claim(cfg, text):
 
 
 def phase(name, models, train, data, cfg, *steps):
-    """Train the models; or load them, if the same command did before.  Returns a record."""
+    """Train the models, or load them if an earlier call has.  Returns train()'s record."""
     file = Path(cfg.out, f"{name}.pt")
     if not file.exists():
-        torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # its own seed
+        torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # also if resumed
         start = time.monotonic()
         record = train(*models, data, cfg, *steps)
         record["seconds"] = time.monotonic() - start
@@ -661,21 +649,18 @@ def main(argv=None):
     data = Data(text, cfg)
     V, T = len(data.symbols), data.context
 
-    # likelihood
     torch.manual_seed(cfg.seed)
     mle = GPT(V, T, cfg.layers, cfg.width, cfg.window).to(cfg.device)
     phases = {"mle": phase("mle", [mle], train_mle, data, cfg, cfg.mle_steps)}
     gan, continued, steps = deepcopy(mle), deepcopy(mle), cfg.continued_steps
 
-    # the game
     torch.manual_seed(cfg.seed)
     D = CNN(mle, cfg.d_width) if cfg.disc == "cnn" else GPT(V, T, cfg.layers, cfg.d_width)
     phases["gan"] = phase("gan", [gan, D.to(cfg.device)], train_gan, data, cfg)
 
-    # the control: the game's time spent on more likelihood
+    # The control: the game's time spent on more likelihood
     phases["continued"] = phase("continued", [continued], train_mle, data, cfg, steps)
 
-    # the answer
     models = {"mle": mle, "continued": continued, "gan": gan}
     models |= {"d": D} if cfg.disc == "gpt" else {}  # what D itself would write
     if cfg.sample:

@@ -11,16 +11,16 @@ Does the game do more for G than more likelihood, a lower temperature, a truncat
 unlikely tokens?  The sentences come from a grammar, so the true probability p of each is
 known, and so is G's own, q: the distance from p to q is measured, not guessed.
 
-G sees only the last few tokens, too few for its language; D sees all.  Likelihood asks only
-that no true sentence be unlikely, whatever G samples: so G tries to say everything, with
-errors.  The game looks at nothing but samples: G stops saying what it gets wrong.
+So that G falls short, as models of real text do, it sees only the last few tokens; D sees
+all.  Likelihood asks only that no true sentence be unlikely: so G tries to say everything,
+with errors.  The game judges only what G samples: G stops saying what it gets wrong.
 
     python gan_lm.py                                # a language whose truth is known
     python gan_lm.py --data your.txt --level char   # your own text, one sequence per line
     python gan_lm.py --sample 9 --prompt "the dog"  # the same command, when it has finished
 
 Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which complete a prefix many
-times to learn its worth; here D has a logit for each prefix.  Added: D knows log q.
+times to learn its worth; here D has a logit for each prefix.  Added: D knows log q (in 4).
 
 Shapes: B batch, T time, C channels, V vocabulary.  X.logp: log of X's probability, in nats.
 """
@@ -57,13 +57,13 @@ class Config:
     grammar: str = flag(str(TINY / "grammar.txt"), "rules of the language, without --data")
     sentences: int = flag(160_000, "how many sentences of the grammar")
     level: str = flag("word", "what a token is", ["word", "char"])
-    context: int = flag(64, "longer sequences of --data are cut to so many tokens")
+    context: int = flag(64, "longer sequences of --data are cut to this many tokens")
     # the generator G and its training by likelihood
     layers: int = flag(1, "layers of G, and of D; 2 with --data")
     width: int = flag(32, "channels of G; 128 with --data", WIDTHS)
     window: int = flag(2, "how many tokens a layer of G sees, 0: all; 0 with --data")
     mle_steps: int = flag(6000, "likelihood steps of mle; 3000 with --data")
-    continued_steps: int = flag(15_000, "of continued: the game's time; 1500 with --data")
+    continued_steps: int = flag(15_000, "about as long as the game; 1500 with --data")
     batch_size: int = flag(64, "sequences per step; for D half of them are real")
     lr: float = flag(4e-3, "peak learning rate of likelihood")
     # the discriminator D
@@ -86,14 +86,14 @@ class Config:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
     out: str = flag("out", "folder of the run; the same command resumes it")
     # a finished run
-    sample: int = flag(0, "print so many samples of a run that has finished")
+    sample: int = flag(0, "print this many samples of a run that has finished")
     model: str = flag("gan", "whose samples", ["mle", "continued", "gan"])
     prompt: str = flag("", "the text that these samples begin with")
     temperature: float = flag(1.0, "of these samples")
     min_p: float = flag(0.0, "truncation of these samples")
 
 
-# Defaults with --data: a larger G that sees all; D starts from G's own opinion
+# Defaults with --data: a larger G that sees all; D starts from G's log q, see CNN
 YOUR_TEXT = dict(layers=2, width=128, window=0, disc="cnn", eval_samples=2000, rounds=80,
                  mle_steps=3000, head_start=100, g_samples=256, continued_steps=1500)
 FOR_SAMPLES = ["model", "prompt", "temperature", "min_p"]
@@ -105,7 +105,7 @@ def fail(message):
 
 
 def parse_flags(argv=None):
-    """Command line -> Config.  Flags that would have no effect are refused."""
+    """Command line -> Config.  Refuses the flags in `idle`, which would have no effect."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda e: fail(e.replace("invalid int value", "expected an integer"))
     for f in fields(Config):
@@ -293,7 +293,7 @@ class GPT(nn.Module):
                 continue
             total = log_probs(logits[:, 0], temperature, min_p).exp().cumsum(-1)  # (B, V)
             # The token whose total reaches a random number: as multinomial(), but faster
-            chance = (1 - torch.rand_like(total[:, :1])) * total[:, -1:]  # above 0
+            chance = (1 - torch.rand_like(total[:, :1])) * total[:, -1:]  # not 0: END
             token = torch.searchsorted(total, chance)[:, 0]
             x[rows, t + 1] = token
             going = token.ne(END).nonzero()[:, 0]  # a finished sequence leaves the batch
@@ -326,7 +326,7 @@ class CNN(nn.Module):
         super().__init__()
         self.start, self.width = deepcopy(start).requires_grad_(False), C
         self.token = nn.Embedding(len(start.token.weight), C, padding_idx=END)
-        # END is embedded as 0, as padding is, and each filter sees k zeros in any case
+        # END is 0, and each filter sees k zeros in any case: f ignores how x is padded
         self.convs = nn.ModuleList(nn.Conv1d(C, C, k, padding=k) for k in (2, 3, 4, 5))
         self.head = nn.Linear(4 * C, 1, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -338,7 +338,7 @@ class CNN(nn.Module):
         return self.head(h)
 
     def logp(self, x):
-        """(B, T+1) ids -> (B, T).  Not normalised: sentences need not add up to 1."""
+        """(B, T+1) ids -> (B, T): f comes with the last token.  Not normalised over x."""
         return self.start.logp(x) + self(x) * is_last(x)
 
 
@@ -367,14 +367,14 @@ def value(logits, reward="js"):
     logit   log D - log(1 - D)  KL(q || p): punishes what is wrong, not what is missing
 
     (Likelihood: KL(p || q), which punishes what is missing.)  The last column is for whole
-    sentences and the best D, which holds still while G takes a step: the gradient of 2 JS is
+    sentences and the best D, held still while G takes a step: the gradient of 2 JS is
     sum_x grad q(x) log q/m, and -log(1 - D) is log 2 - log q/m.  (JS: Jensen-Shannon.)"""
     return {"js": F.softplus(logits), "logit": logits, "prob": logits.sigmoid()}[reward]
 
 
 def token_rewards(logits, mask, reward="js"):
     """r_t = value(x_1..t) - value(x_1..t-1): by how much a token raised the value.  Over a
-    sentence: its value, less a constant (shaping, Ng et al. 1999).  (B, T) -> (B, T)."""
+    sentence the prefixes cancel: its value, less a constant (Ng et al. 1999).  -> (B, T)"""
     before = F.pad(logits[:, :-1], (1, 0))  # of the empty prefix: logit 0, since p = q = 1
     return (value(logits, reward) - value(before, reward)) * mask
 
@@ -383,7 +383,7 @@ def advantages(rewards, mask, lam=1.0):
     """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: the rewards from the t-th token on, less
     their mean in the other samples (RLOO, Kool et al. 2019).  A baseline takes away noise
     and, not depending on the sample itself, changes nothing on average: E_q[grad log q] =
-    sum_x grad q(x) = grad 1 = 0.  lam: see GAE, Schulman et al. 2016.  (B, T) -> (B, T)."""
+    sum_x grad q(x) = grad 1 = 0.  lam < 1: less noise, biased: GAE.  (B, T) -> (B, T)."""
     A = rewards * mask  # a copy
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
@@ -405,7 +405,7 @@ def adamw(module):
 
 
 def update(module, adam, step, steps, lr):
-    """One step of AdamW.  The learning rate rises for 20 steps, then falls along a cosine."""
+    """One step of AdamW; its rate rises for 20 steps, then falls along a cosine."""
     lr *= min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
     adam.param_groups[0]["lr"] = lr * min(1, 64 / module.width)  # lower for a wide module
     nn.utils.clip_grad_norm_(module.parameters(), 10.0)
@@ -466,7 +466,7 @@ def train_gan(G, D, data, cfg):
         for _ in range(cfg.d_steps):
             loss = loss_of_d(D, G, batch(data.train, half), batch(fake, half))
             loss.backward()
-            update(D, adam_d, i, rounds, cfg.d_lr)
+            update(D, adam_d, i, rounds, cfg.d_lr)  # a rate per round
             d_loss.append(loss.item())
         if i < cfg.head_start:
             continue
@@ -518,13 +518,13 @@ def judge_terms(model, real, fake, truth, samples):
     """For a text without a grammar: a new CNN learns to tell `real` from `fake`, (N, T+1)
     ids each.  Is it right about `truth` and `samples`, which are new to it?  Two arrays of
     1 and 0; the mean of their means is its accuracy, 0.5 if it is fooled."""
-    cnn = CNN(model, HEAD).to(real.device)  # only its f(x) is used
+    cnn = CNN(model, 32).to(real.device)  # only its f(x) is used
     adam, is_real = adamw(cnn), (torch.arange(128) < 64).to(real.device)
     for step in range(300):
         logits = cnn(trim(torch.cat([batch(real, 64), batch(fake, 64)])))
         discriminator_loss(logits, is_real, torch.ones_like(logits)).backward()
         update(cnn, adam, step, 300, lr=4e-3)
-    return [(in_chunks(cnn, x)[:, 0] > 0).eq(wanted).cpu().double().numpy()
+    return [(in_chunks(cnn, x)[:, 0] > 0).eq(wanted).cpu().double().numpy()  # f, 0, ... 0
             for x, wanted in ((truth, True), (samples, False))]
 
 
@@ -541,7 +541,7 @@ def measure(model, decoding, half, data, cfg):
     """A model at a decoding, against one half of the true sentences, 0 or 1 -> its figures
     (score: JS, or the judge's accuracy; less is better), the score's terms, the samples."""
     truth = data.truth[half::2]
-    x = model.sample(cfg.eval_samples // (2 - half), *decoding)  # fewer to choose by
+    x = model.sample(cfg.eval_samples // (2 - half), *decoding)  # half to choose by
     lines = lines_of(x, data.symbols)
     logq, logq_truth = (in_chunks(model.logp, ids, *decoding).sum(1).cpu().double().numpy()
                         for ids in (x, truth))
@@ -582,7 +582,7 @@ def verdict(results, terms):
     score = {name: result["best"]["score"] for name, result in results.items()}
     rival = min("mle", "continued", key=score.get)
     gan, other, gain = terms["gan"], terms[rival], score[rival] - score["gan"]
-    error = max(0.002, half_interval(other[0] - gan[0], other[1], gan[1]))  # 0.002: nothing
+    error = max(0.002, half_interval(other[0] - gan[0], other[1], gan[1]))  # less: a tie
     says = "wins" if gain > error else "LOSES" if gain < -error else "does NOT win"
     return (f"Best scores: gan {score['gan']:.3f}, {rival} {score[rival]:.3f}, difference "
             f"{gain:.3f}\u00b1{error:.3f}: the game {says} on this seed.")
@@ -602,7 +602,7 @@ MAY_CHANGE = ["data", "grammar", "threads", "device", "out", "sample", *FOR_SAMP
 
 
 def claim(cfg, text):
-    """The folder --out is for one run: the same text and, but for MAY_CHANGE, flags."""
+    """--out is for one run: the same text, and the same flags but for MAY_CHANGE."""
     folder, file = Path(cfg.out), Path(cfg.out, "config.json")
     run = {name: x for name, x in asdict(cfg).items() if name not in MAY_CHANGE}
     run = json.dumps(run | {"checksum of the text": zlib.crc32(text.encode())}, indent=1)
@@ -618,7 +618,7 @@ def phase(name, models, train, data, cfg, *steps):
     """Train the models, or load them if an earlier call has.  Returns train()'s record."""
     file = Path(cfg.out, f"{name}.pt")
     if not file.exists():
-        torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # also if resumed
+        torch.manual_seed(zlib.crc32(f"{name} {cfg.seed}".encode()))  # whatever ran before
         start = time.monotonic()
         record = train(*models, data, cfg, *steps)
         record["seconds"] = time.monotonic() - start
@@ -658,11 +658,11 @@ def main(argv=None):
     D = CNN(mle, cfg.d_width) if cfg.disc == "cnn" else GPT(V, T, cfg.layers, cfg.d_width)
     phases["gan"] = phase("gan", [gan, D.to(cfg.device)], train_gan, data, cfg)
 
-    # The control: the game's time spent on more likelihood
+    # The control: more likelihood, by default for about the game's time
     phases["continued"] = phase("continued", [continued], train_mle, data, cfg, steps)
 
     models = {"mle": mle, "continued": continued, "gan": gan}
-    models |= {"d": D} if cfg.disc == "gpt" else {}  # what D itself would write
+    models |= {"d": D} if cfg.disc == "gpt" else {}  # D as a G: reported, never a rival
     if cfg.sample:
         return print_samples(models[cfg.model], data, cfg)
     results, says = compare(models, data, cfg)

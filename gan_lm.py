@@ -24,7 +24,7 @@ times to learn its worth; here D has a logit for each prefix.  Added: D knows lo
 
 Shapes: B batch, T time, C channels, V vocabulary.  X.logp: log of X's probability, in nats.
 """
-import argparse, importlib.util, json, math, random, re, sys, time, unicodedata, zlib
+import argparse, importlib.util, json, math, os, random, re, sys, time, unicodedata, zlib
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -220,9 +220,9 @@ def in_chunks(function, x, *how):
 def log_probs(logits, temperature=1.0, min_p=0.0):
     """(..., V) logits -> (..., V) log q at a temperature and after a truncation, min-p
     (Nguyen et al. 2024): no token below min_p times the likeliest one's probability."""
-    logq = (logits / temperature).log_softmax(-1)
+    logq = (logits / max(temperature, 1e-4)).log_softmax(-1)  # 0: the likeliest token
     if min_p > 0:
-        too_rare = logq < logq.amax(-1, keepdim=True) + math.log(min_p)
+        too_rare = logq < logq.amax(-1, keepdim=True) + math.log(min(1.0, min_p))
         logq = logq.masked_fill(too_rare, -math.inf).log_softmax(-1)
     return logq
 
@@ -287,11 +287,10 @@ class GPT(nn.Module):
         x = torch.full((n, self.context + 1), END, device=self.token.weight.device)
         x[:, 1:1 + len(prompt)] = torch.tensor(prompt, dtype=torch.long)
         rows, cache = torch.arange(n, device=x.device), None
-        for t in range(self.context):
-            logits, cache = self(x[rows, t:t + 1], t, cache)
-            if t < len(prompt):
-                continue
-            total = log_probs(logits[:, 0], temperature, min_p).exp().cumsum(-1)  # (B, V)
+        for t in range(len(prompt), self.context):
+            first = t if cache else 0  # the prompt is read at once
+            logits, cache = self(x[rows, first:t + 1], first, cache)
+            total = log_probs(logits[:, -1], temperature, min_p).exp().cumsum(-1)  # (B, V)
             # The token whose total reaches a random number: as multinomial(), but faster
             chance = (1 - torch.rand_like(total[:, :1])) * total[:, -1:]  # not 0: END
             token = torch.searchsorted(total, chance)[:, 0]
@@ -589,6 +588,7 @@ def verdict(results, terms):
 
 
 def draw(curves, path):
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be missing, and a file needs none
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 8), layout="constrained")
     for axis, name in zip(figure.subplots(len(curves[0])), curves[0]):
@@ -606,7 +606,8 @@ def claim(cfg, text):
     folder, file = Path(cfg.out), Path(cfg.out, "config.json")
     run = {name: x for name, x in asdict(cfg).items() if name not in MAY_CHANGE}
     run = json.dumps(run | {"checksum of the text": zlib.crc32(text.encode())}, indent=1)
-    if any(folder.glob("*")) and not (file.exists() and file.read_text() == run):
+    taken = folder.is_file() or set(folder.glob("*")) - {file}
+    if taken and not (file.exists() and file.read_text() == run):
         fail(f"--out {folder}: holds something else than this run; expected a new folder")
     if cfg.sample and not Path(folder, "continued.pt").exists():
         fail(f"argument --sample: --out {folder}: expected the folder of a finished run")
@@ -623,9 +624,8 @@ def phase(name, models, train, data, cfg, *steps):
         record = train(*models, data, cfg, *steps)
         record["seconds"] = time.monotonic() - start
         print(f"{name}: {record['seconds']:.0f} seconds", flush=True)
-        new = file.with_suffix(".new")
-        torch.save([record, *(model.state_dict() for model in models)], new)
-        new.replace(file)  # whole, or not at all
+        torch.save([record, *(m.state_dict() for m in models)], file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)  # whole, or not at all
     record, *states = torch.load(file, cfg.device, weights_only=True)  # data, no code
     for model, state in zip(models, states):
         model.load_state_dict(state)

@@ -20,7 +20,7 @@ with errors.  The game judges only what G samples: G stops saying what it gets w
     python gan_lm.py --sample 9 --prompt "the dog"  # the same command, when it has finished
 
 Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which complete a prefix many
-times to learn its worth; here D has a logit for each prefix.  Added: D knows log q (in 4).
+times to learn its worth; here D has a logit for each prefix.  Added: D knows q (section 4).
 
 Shapes: B batch, T time, C channels, V vocabulary.  X.logp: log of X's probability, in nats.
 """
@@ -220,7 +220,7 @@ def in_chunks(function, x, *how):
 def log_probs(logits, temperature=1.0, min_p=0.0):
     """(..., V) logits -> (..., V) log q at a temperature and after a truncation, min-p
     (Nguyen et al. 2024): no token below min_p times the likeliest one's probability."""
-    logq = (logits / max(temperature, 1e-4)).log_softmax(-1)  # 0: the likeliest token
+    logq = (logits / max(temperature, 1e-4)).log_softmax(-1)  # at 0: the likeliest token
     if min_p > 0:
         too_rare = logq < logq.amax(-1, keepdim=True) + math.log(min(1.0, min_p))
         logq = logq.masked_fill(too_rare, -math.inf).log_softmax(-1)
@@ -292,7 +292,7 @@ class GPT(nn.Module):
             logits, cache = self(x[rows, first:t + 1], first, cache)
             total = log_probs(logits[:, -1], temperature, min_p).exp().cumsum(-1)  # (B, V)
             # The token whose total reaches a random number: as multinomial(), but faster
-            chance = (1 - torch.rand_like(total[:, :1])) * total[:, -1:]  # not 0: END
+            chance = (1 - torch.rand_like(total[:, :1])) * total[:, -1:]  # > 0: 0 gives END
             token = torch.searchsorted(total, chance)[:, 0]
             x[rows, t + 1] = token
             going = token.ne(END).nonzero()[:, 0]  # a finished sequence leaves the batch
@@ -311,8 +311,8 @@ def discriminator_logits(s, logq):
     Not told log q, D would have to learn p/q anew at every step of G.  Told it, its logit
     falls by itself wherever G raises q: G cannot run away to where D has never looked.
 
-    D is a GPT, whose s is its log-probability, or a CNN.  (In imitation learning: Finn et
-    al. 2016, Fu et al. 2018.)  (B, T), (B, T) -> (B, T)"""
+    D is a GPT, whose s is its log-probability, or a CNN.  (D is told log q likewise in
+    imitation learning: Finn et al. 2016, Fu et al. 2018.)  (B, T), (B, T) -> (B, T)"""
     return (s - logq).cumsum(1)
 
 
@@ -325,7 +325,7 @@ class CNN(nn.Module):
         super().__init__()
         self.start, self.width = deepcopy(start).requires_grad_(False), C
         self.token = nn.Embedding(len(start.token.weight), C, padding_idx=END)
-        # END is 0, and each filter sees k zeros in any case: f ignores how x is padded
+        # END's vector is 0; each filter sees k zeros in any case: f ignores how x is padded
         self.convs = nn.ModuleList(nn.Conv1d(C, C, k, padding=k) for k in (2, 3, 4, 5))
         self.head = nn.Linear(4 * C, 1, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -353,14 +353,14 @@ def discriminator_loss(logits, is_real, mask):
     A prefix that begins a share p of the real ones and q of the samples costs -p log D -
     q log(1 - D), which is least at D = p/(p+q): there the logit is log p/q.
     (B, T), (B,) bool, (B, T) -> scalar; ln 2 = 0.693 where D has no opinion."""
-    loss = F.softplus(torch.where(is_real[:, None], -logits, logits))  # -log sigmoid(+-)
+    loss = F.softplus(torch.where(is_real[:, None], -logits, logits))  # -log D, -log(1-D)
     return (loss * mask).sum() / mask.sum()
 
 
 def value(logits, reward="js"):
     """How real a prefix looks to D: what G maximises; any shape -> the same.
 
-    reward  what G maximises    what it thereby minimises; m = (p+q)/2
+    reward  what G maximises    what it minimises; m = (p+q)/2, KL(a || b) = E_a[log a/b]
     js      -log(1 - D)         2 JS(p, q) = KL(p || m) + KL(q || m): Goodfellow's game
     prob    D                   KL(p || m) alone: SeqGAN's choice
     logit   log D - log(1 - D)  KL(q || p): punishes what is wrong, not what is missing
@@ -381,8 +381,8 @@ def token_rewards(logits, mask, reward="js"):
 def advantages(rewards, mask, lam=1.0):
     """A_t = sum_{k>=t} lam^(k-t) r_k - baseline_t: the rewards from the t-th token on, less
     their mean in the other samples (RLOO, Kool et al. 2019).  A baseline takes away noise
-    and, not depending on the sample itself, changes nothing on average: E_q[grad log q] =
-    sum_x grad q(x) = grad 1 = 0.  lam < 1: less noise, biased: GAE.  (B, T) -> (B, T)."""
+    and, not depending on the sample, leaves G's mean gradient as it is: E_q[grad log q] =
+    sum_x q (grad q)/q = grad 1 = 0.  lam < 1: less noise, biased.  (B, T) -> (B, T)."""
     A = rewards * mask  # a copy
     for t in reversed(range(A.shape[1] - 1)):
         A[:, t] += lam * A[:, t + 1]
@@ -451,7 +451,7 @@ def passes_exam(D, G, data):
 
 def train_gan(G, D, data, cfg):
     """The game: D and G take turns.  First D learns alone for some rounds, the head start,
-    and passes an exam: G must not listen to a D that knows nothing."""
+    then has to pass an exam: G must not listen to a D that knows nothing."""
     if cfg.d_mle_steps:
         train_mle(D, data, cfg, cfg.d_mle_steps)
     adam_g, adam_d, d_loss, curves = adamw(G), adamw(D), [], []
@@ -523,7 +523,7 @@ def judge_terms(model, real, fake, truth, samples):
         logits = cnn(trim(torch.cat([batch(real, 64), batch(fake, 64)])))
         discriminator_loss(logits, is_real, torch.ones_like(logits)).backward()
         update(cnn, adam, step, 300, lr=4e-3)
-    return [(in_chunks(cnn, x)[:, 0] > 0).eq(wanted).cpu().double().numpy()  # f, 0, ... 0
+    return [(in_chunks(cnn, x)[:, 0] > 0).eq(wanted).cpu().double().numpy()  # column 0: f
             for x, wanted in ((truth, True), (samples, False))]
 
 
@@ -540,7 +540,7 @@ def measure(model, decoding, half, data, cfg):
     """A model at a decoding, against one half of the true sentences, 0 or 1 -> its figures
     (score: JS, or the judge's accuracy; less is better), the score's terms, the samples."""
     truth = data.truth[half::2]
-    x = model.sample(cfg.eval_samples // (2 - half), *decoding)  # half to choose by
+    x = model.sample(cfg.eval_samples // (2 - half), *decoding)  # half as many to choose by
     lines = lines_of(x, data.symbols)
     logq, logq_truth = (in_chunks(model.logp, ids, *decoding).sum(1).cpu().double().numpy()
                         for ids in (x, truth))
@@ -576,8 +576,8 @@ def compare(models, data, cfg):
 
 
 def verdict(results, terms):
-    """Does `gan` beat G by likelihood alone, each at its best decoding?  They are measured
-    on the same true sentences: the error is that of the paired difference."""
+    """Does `gan` beat G by likelihood alone, each at its best decoding?  Terms [0], of the
+    same true sentences, are paired; terms [1], of each model's own samples, are not."""
     score = {name: result["best"]["score"] for name, result in results.items()}
     rival = min("mle", "continued", key=score.get)
     gan, other, gain = terms["gan"], terms[rival], score[rival] - score["gan"]
@@ -608,8 +608,8 @@ def claim(cfg, text):
     run = json.dumps(run | {"checksum of the text": zlib.crc32(text.encode())}, indent=1)
     taken = folder.is_file() or set(folder.glob("*")) - {file}
     if taken and not (file.exists() and file.read_text() == run):
-        fail(f"--out {folder}: holds something else than this run; expected a new folder")
-    if cfg.sample and not Path(folder, "continued.pt").exists():
+        fail(f"--out {folder}: holds something other than this run; use a new folder")
+    if cfg.sample and not Path(folder, "continued.pt").exists():  # the last phase
         fail(f"argument --sample: --out {folder}: expected the folder of a finished run")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(run)
@@ -662,7 +662,7 @@ def main(argv=None):
     phases["continued"] = phase("continued", [continued], train_mle, data, cfg, steps)
 
     models = {"mle": mle, "continued": continued, "gan": gan}
-    models |= {"d": D} if cfg.disc == "gpt" else {}  # D as a G: reported, never a rival
+    models |= {"d": D} if cfg.disc == "gpt" else {}  # D can sample too, but is no rival
     if cfg.sample:
         return print_samples(models[cfg.model], data, cfg)
     results, says = compare(models, data, cfg)

@@ -806,6 +806,34 @@ def test_every_study_imports(path, monkeypatch):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def test_every_study_runs_in_miniature(tmp_path, monkeypatch, quick, capsys):
+    monkeypatch.syspath_prepend(ROOT / ".github" / "studies")
+    monkeypatch.chdir(tmp_path)
+    common, ladder, rivals, world, strings, speed, pictures = map(
+        importlib.import_module, "common ladder rivals map strings speed pictures".split())
+    monkeypatch.setattr(common, "DECODINGS", DECODINGS[:1])
+    monkeypatch.setattr(rivals, "SCALE", 0.002)
+    monkeypatch.setattr(speed, "LEAST", 0.001)
+    run("--out", "out_1", "--seed", 1)
+    small = [*FAST, *KNOWN]
+    rungs = ["CNN", "f + log q_start - log q", "GPT by likelihood, 300 steps, frozen"]
+    monkeypatch.setattr(ladder, "train_mle", lambda D, data, cfg, steps: None)
+    ladder.main([1], small, only=rungs)
+    rivals.main([1], small, only=["one of 2 by D", "own samples chosen by D, three times",
+                                  "text with the game's kinds", "loss truncation 0.1",
+                                  "on-policy distillation from D", "LSTM"])
+    for sentences in world.TEXTS:
+        world.cell(1, world.GENERATORS[0], sentences, common.Book(world.BOOK), small)
+    strings.main(str(TEXT), "strings", "1", *FAST, n=8, grid=[(1.0, 0.0)])
+    pictures.main(".")
+    assert {path.name for path in Path("strings").glob("*.txt")} == {
+        f"{arm}_1.0_0.0.txt" for arm in ("mle", "gan", "continued", "reranked")}
+    assert len(Path("ladder.jsonl").read_text().splitlines()) == 1 + len(rungs)
+    assert all(Path(name).stat().st_size > 10_000 for name in ("ladder.png", "map.png"))
+    parts = speed.parts(*speed.setup("--g_samples", "16", "--sentences", "400"))
+    assert all(figure > 0 for figure in parts.values())
+
+
 def miniature(command):
     """The flags of a page's command, checked and made small; and what it asks of the run."""
     argv = [str(TEXT) if a.endswith(".txt") and not Path(a).exists() else a

@@ -8,7 +8,7 @@ from common import *
 from copy import deepcopy
 
 BOOK = "map.jsonl"
-GENERATORS = [(1, 32, 2), (1, 64, 3), (2, 64, 3), (2, 64, 5), (2, 64, 0)]  # layers, width, window
+GENERATORS = [(1, 32, 2), (1, 64, 3), (2, 64, 0)]  # layers, width, window
 TEXTS = [4_000, 160_000]
 STEPS = {4_000: 1500, 160_000: 6000}
 
@@ -39,8 +39,8 @@ def cell(seed, generator, sentences, book, flags=()):
 def main(seeds, flags=("--head_start", "30", "--d_mle_steps", "2000"), book=BOOK):
     book = Book(book)
     for seed in seeds:
-        for generator in GENERATORS:
-            for sentences in TEXTS:
+        for sentences in TEXTS:
+            for generator in GENERATORS:
                 cell(seed, generator, sentences, book, flags)
 
 

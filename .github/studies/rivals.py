@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 BOOK = "rivals.jsonl"
+SCALE = 1.0  # of all numbers of steps and samples: smaller in the test
 
 
 def trained(out, mle, D):
@@ -48,7 +49,7 @@ def again(mle, data, cfg, text, steps=6000, val=None):
     """mle, trained by likelihood on another text"""
     model, old = deepcopy(mle), (data.train, data.val)
     data.train, data.val = text, data.val if val is None else val
-    train_mle(model, data, cfg, steps)
+    train_mle(model, data, cfg, int(steps * SCALE))
     data.train, data.val = old
     return model
 
@@ -57,8 +58,9 @@ def chosen_samples(mle, D, data, cfg, times=3):
     """Likelihood on its own samples, each one of four by D: stopped by samples of that kind."""
     model = mle
     for _ in range(times):
-        x = Reranked(model, D, 4).sample(22_000)
-        model = again(model, data, cfg, x[2000:], 3000, x[:2000])
+        x = Reranked(model, D, 4).sample(int(22_000 * SCALE))
+        val = len(x) // 11
+        model = again(model, data, cfg, x[val:], 3000, x[:val])
     return model
 
 
@@ -111,7 +113,7 @@ def loss_truncation(mle, data, cfg, share, steps=9000):
     """Kang and Hashimoto 2020: without the share of each batch that is least likely"""
     model = deepcopy(mle)
     adam = adamw(model)
-    for step in trange(steps, disable=None):
+    for step in trange(int(steps * SCALE), disable=None):
         logp = model.logp(trim(batch(data.train, cfg.batch_size))).sum(1)
         keep = logp.detach() >= logp.detach().quantile(share)
         (-(logp * keep).sum() / keep.sum()).backward()
@@ -123,7 +125,7 @@ def distilled(mle, D, data, cfg, steps=4000):
     """On-policy distillation (GKD, reverse KL): D's advice for each next token of G's samples"""
     model = deepcopy(mle)
     adam = adamw(model)
-    for step in trange(steps, disable=None):
+    for step in trange(int(steps * SCALE), disable=None):
         if step % 16 == 0:
             samples = model.sample(1024)
         x = trim(batch(samples, cfg.batch_size))
@@ -153,7 +155,7 @@ class LSTM(GPT):
 def larger(make, data, cfg, steps):
     torch.manual_seed(cfg.seed)
     model = make(len(data.symbols), data.context)
-    train_mle(model, data, cfg, steps)
+    train_mle(model, data, cfg, int(steps * SCALE))
     return model
 
 

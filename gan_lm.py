@@ -277,8 +277,8 @@ class GPT(nn.Module):
 
     def logp(self, x, temperature=1.0, min_p=0.0):
         """log q(x_t | x_<t) of each token: (B, T+1) ids -> (B, T), 0 after the end."""
-        logits, _ = self(x[:, :-1])
-        logq = log_probs(logits, temperature, min_p).gather(-1, x[:, 1:, None])[..., 0]
+        logq = log_probs(self(x[:, :-1])[0], temperature, 0.999 * min_p)  # keep all sampled
+        logq = logq.gather(-1, x[:, 1:, None])[..., 0]
         return logq.masked_fill(token_mask(x) == 0, 0.0)
 
     @torch.no_grad()

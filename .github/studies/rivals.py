@@ -4,7 +4,6 @@ Each rival gets the game's time or more; D is the one of the finished run in out
 from common import *
 
 from copy import deepcopy
-from dataclasses import replace
 
 BOOK = "rivals.jsonl"
 SCALE = 1.0  # of all numbers of steps and samples: smaller in the test

@@ -1,6 +1,6 @@
 """Everything cheap, from the same mle: `python .github/studies/rivals.py 100 101 102`
 
-Each rival gets the game's time or more; D is the one of the finished run in out_SEED."""
+D is the one of the finished run in out_SEED; the rows have the seconds."""
 from common import *
 
 from copy import deepcopy

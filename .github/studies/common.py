@@ -1,6 +1,6 @@
 """What the studies share.  Run a study from the project's folder, for example
-`python .github/studies/ladder.py 100 101 102`; the figures go to the end of a .jsonl file,
-a line each, and a figure that stands there already is not computed again."""
+`python .github/studies/ladder.py 100 101 102`; the figures go to the end of a .jsonl file
+where it is run, a line each, and one that stands there already is not computed again."""
 import json
 import sys
 import time
@@ -27,10 +27,10 @@ def start(seed, *flags, out="out_{}"):
     return cfg, data, mle
 
 
-def best(model, data, cfg, decodings=None):
+def best(model, data, cfg):
     """{"plain": row, "best": row} as the program reports them."""
     torch.manual_seed(cfg.seed)
-    rows = {d: measure(model, d, 0, data, cfg)[0]["score"] for d in decodings or DECODINGS}
+    rows = {d: measure(model, d, 0, data, cfg)[0]["score"] for d in DECODINGS}
     choice = min(rows, key=rows.get)
     plain = measure(model, (1.0, 0.0), 1, data, cfg)[0]
     return {"plain": plain, "best": measure(model, choice, 1, data, cfg)[0]}

@@ -1,5 +1,5 @@
-"""ladder.png and map.png from ladder.jsonl and map.jsonl:
-`python .github/studies/pictures.py .github`"""
+"""ladder.png and map.png from the ladder.jsonl and map.jsonl where it is run:
+`cd .github/studies; python pictures.py ..`"""
 from common import *
 
 from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ def world(folder, book="map.jsonl"):
     figure.savefig(Path(folder, "map.png"), dpi=130)
 
 
-def main(folder=".github"):
+def main(folder=".."):
     if Path("ladder.jsonl").exists():
         ladder(folder)
     if Path("map.jsonl").exists():

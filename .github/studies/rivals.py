@@ -9,15 +9,6 @@ BOOK = "rivals.jsonl"
 SCALE = 1.0  # of all numbers of steps and samples: smaller in the test
 
 
-def trained(out, mle, D):
-    """G and D as the finished run's game left them."""
-    G = deepcopy(mle)
-    _, g_state, d_state = torch.load(Path(out, "gan.pt"), weights_only=True)
-    G.load_state_dict(g_state)
-    D.load_state_dict(d_state)
-    return G, D
-
-
 def log_w(D, G, x):
     """D's logit of whole sentences, (N, T+1) ids -> (N,): log of the weight D / (1 - D)"""
     return (in_chunks(D.logp, x) - in_chunks(G.logp, x)).sum(1)
@@ -44,7 +35,7 @@ class Reranked:
         return logq + share[:, None] * is_last(x)
 
 
-def again(mle, data, cfg, text, steps=6000, val=None):
+def again(mle, data, cfg, text, steps, val=None):
     """mle, trained by likelihood on another text"""
     model, old = deepcopy(mle), (data.train, data.val)
     data.train, data.val = text, data.val if val is None else val
@@ -201,7 +192,8 @@ def main(seeds, flags=(), out="out_{}", only=None, book=BOOK):
     for seed in seeds:
         cfg, data, mle = start(seed, *flags, out=out)
         V, T = len(data.symbols), data.context
-        G, D = trained(cfg.out, mle, GPT(V, T, cfg.layers, cfg.d_width))
+        G, D = deepcopy(mle), GPT(V, T, cfg.layers, cfg.d_width)
+        phase("gan", [G, D], train_gan, data, cfg)  # of the finished run
         torch.manual_seed(seed)
         if not book.has(rival="kinds", seed=seed):
             book.write(rival="kinds", seed=seed, **by_kind(G, D, data))

@@ -809,8 +809,8 @@ def test_every_study_imports(path, monkeypatch):
 def test_every_study_runs_in_miniature(tmp_path, monkeypatch, quick, capsys):
     monkeypatch.syspath_prepend(ROOT / ".github" / "studies")
     monkeypatch.chdir(tmp_path)
-    common, ladder, rivals, world, strings, speed, pictures = map(
-        importlib.import_module, "common ladder rivals map strings speed pictures".split())
+    common, ladder, anchor, rivals, world, strings, speed, pictures = map(
+        importlib.import_module, "common ladder anchor rivals map strings speed pictures".split())
     monkeypatch.setattr(common, "DECODINGS", DECODINGS[:1])
     monkeypatch.setattr(rivals, "SCALE", 0.002)
     monkeypatch.setattr(speed, "LEAST", 0.001)
@@ -819,16 +819,19 @@ def test_every_study_runs_in_miniature(tmp_path, monkeypatch, quick, capsys):
     rungs = ["CNN", "f + log q_start - log q", "GPT by likelihood, 300 steps, frozen"]
     monkeypatch.setattr(ladder, "train_mle", lambda D, data, cfg, steps: None)
     ladder.main([1], small, only=rungs)
+    anchor.main([1], small, only=["untold, reward told", "told, reward untold",
+                                  "untold, KL penalty 0.1"])
     rivals.main([1], small, only=["one of 2 by D", "own samples chosen by D, three times",
                                   "text with the game's kinds", "loss truncation 0.1",
                                   "on-policy distillation from D", "LSTM"])
-    for sentences in world.TEXTS:
+    for sentences in world.TEXTS[:2]:
         world.cell(1, world.GENERATORS[0], sentences, common.Book(world.BOOK), small)
     strings.main(str(TEXT), "strings", "1", *FAST, n=8, grid=[(1.0, 0.0)])
     pictures.main(".")
     assert {path.name for path in Path("strings").glob("*.txt")} == {
         f"{arm}_1.0_0.0.txt" for arm in ("mle", "gan", "continued", "reranked")}
     assert len(Path("ladder.jsonl").read_text().splitlines()) == 1 + len(rungs)
+    assert len(Path("anchor.jsonl").read_text().splitlines()) == 3
     assert all(Path(name).stat().st_size > 10_000 for name in ("ladder.png", "map.png"))
     parts = speed.parts(*speed.setup("--g_samples", "16", "--sentences", "400"))
     assert all(figure > 0 for figure in parts.values())

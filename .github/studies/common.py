@@ -27,10 +27,10 @@ def start(seed, *flags, out="out_{}"):
     return cfg, data, mle
 
 
-def best(model, data, cfg):
+def best(model, data, cfg, decodings=None):
     """{"plain": row, "best": row} as the program reports them."""
     torch.manual_seed(cfg.seed)
-    rows = {d: measure(model, d, 0, data, cfg)[0]["score"] for d in DECODINGS}
+    rows = {d: measure(model, d, 0, data, cfg)[0]["score"] for d in decodings or DECODINGS}
     choice = min(rows, key=rows.get)
     plain = measure(model, (1.0, 0.0), 1, data, cfg)[0]
     return {"plain": plain, "best": measure(model, choice, 1, data, cfg)[0]}

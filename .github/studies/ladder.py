@@ -62,10 +62,9 @@ def rungs(cfg, data, mle):
         "GPT by likelihood, as many steps, frozen": (
             gpt, steps, replace(cfg, head_start=0), False, True),
         "GPT by likelihood, then learning": (gpt, steps, replace(cfg, head_start=0), True, True),
-        "GPT by likelihood, 300 steps, frozen": (
-            gpt, 300, replace(cfg, head_start=0), False, True),
-        "GPT by likelihood, 300 steps, then learning": (
-            gpt, 300, replace(cfg, head_start=0), True, True),
+        **{f"GPT by likelihood, {n} steps, {then}": (
+            gpt, n, replace(cfg, head_start=0), then != "frozen", True)
+           for n in (300, 600, 1000) for then in ("frozen", "then learning")},
         # a number for each prefix is slow to learn: twice the head start
         "f": (lambda: Number(V, T, cfg.d_width), 0, twice, True, False),
         "f + log q_start - log q": (lambda: Number(V, T, cfg.d_width, mle), 0, twice, True, True)}
@@ -102,15 +101,16 @@ def main(seeds, flags=(), only=None, out="out_{}", book=BOOK):
             curves = play(G, D, learns, data, how, d_mle_steps)["curves"]
             seconds = time.monotonic() - began
             gan_lm.discriminator_logits = told
-            x = G.sample(2)
-            row = flat(best(G, data, cfg))
+            x = G.sample(1000)
+            row = {"entropy": -in_chunks(G.logp, x).sum(1).mean().item()}  # nats per sentence
+            row |= flat(best(G, data, cfg))
             if isinstance(D, GPT):
                 d = measure(D, (1.0, 0.0), 1, data, cfg)[0]
                 row |= {"d_js": d["score"], "d_valid": d["valid"]}
             if curves:
                 row |= {"tokens": curves[-1]["tokens"], "d_loss": curves[-1]["d_loss"]}
             book.write(rung=name, seed=seed, seconds=seconds, **row,
-                       samples=[data.mark(line) for line in lines_of(x, data.symbols)])
+                       samples=[data.mark(line) for line in lines_of(x[:4], data.symbols)])
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from common import *
 from copy import deepcopy
 
 BOOK = "map.jsonl"
-GENERATORS = [(1, 32, 2), (1, 64, 3), (2, 64, 0)]  # layers, width, window
-TEXTS = [4_000, 160_000]
-STEPS = {4_000: 1500, 160_000: 6000}
+GENERATORS = [(1, 32, 2), (1, 64, 3), (2, 64, 3), (2, 64, 5), (2, 64, 0)]  # layers, width, window
+TEXTS = [4_000, 16_000, 160_000]
+STEPS = {4_000: 1500, 16_000: 3000, 160_000: 6000}
 
 
 def cell(seed, generator, sentences, book, flags=()):

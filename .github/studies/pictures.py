@@ -1,4 +1,4 @@
-"""ladder.png and map.png from the ladder.jsonl and map.jsonl where it is run:
+"""ladder.png, map.png and molecules.png from the rows (.jsonl) where it is run:
 `cd .github/studies; python pictures.py ..`"""
 from common import *
 
@@ -10,6 +10,7 @@ RUNGS = {  # rung -> what the picture calls it
     "CNN": "SeqGAN's CNN\nfor the sentence",
     "mle": "NO GAME (likelihood)",
     "f + log q_start - log q": "the transformer's number,\ntold log q",
+    "untold, KL penalty 0.1": "SeqGAN's CNN, not told,\nand a KL penalty for G",
     "CNN + log q_start - log q": "SeqGAN's CNN,\ntold log q",
     "GPT": "a second GPT,\ntold log q (the default)"}
 
@@ -18,11 +19,12 @@ def rows(path, **key):
     return [row for row in Book(path).rows if key.items() <= row.items()]
 
 
-def ladder(folder, book="ladder.jsonl"):
-    figure = Figure(figsize=(6, 4.6), layout="constrained")
+def ladder(folder, book="ladder.jsonl", more="anchor.jsonl"):
+    figure = Figure(figsize=(6, 5.2), layout="constrained")
     axis = figure.subplots()
     for place, rung in enumerate(RUNGS):
         js = [row["js"] for row in rows(book, rung=rung)]
+        js += [row["js"] for row in rows(more, game=rung) if row["seed"] > 2]  # not tuning
         if js:
             color = "0.75" if rung == "mle" else "0.35"
             axis.barh(place, np.mean(js), color=color, height=0.62)
@@ -65,11 +67,33 @@ def world(folder, book="map.jsonl"):
     figure.savefig(Path(folder, "map.png"), dpi=130)
 
 
+ARMS = {"mle": ("o", "likelihood", "white"), "continued": ("s", "more likelihood", "0.75"),
+        "gan": ("^", "the game", "black"), "reranked": ("x", "one of four by D", "black")}
+
+
+def molecules(folder, book="molecules.jsonl"):
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for arm, (marker, label, color) in ARMS.items():
+        some = rows(book, arm=arm)
+        edge = {} if marker == "x" else {"edgecolors": "black"}
+        axis.scatter([row["valid"] for row in some], [row["fcd"] for row in some], s=38,
+                     marker=marker, label=label, color=color, linewidths=1.2, **edge)
+    axis.set_xlabel("share of valid formulas (right: better)", fontsize=12)
+    axis.set_ylabel("distance from real ones, FCD (low: better)", fontsize=12)
+    axis.tick_params(labelsize=12)
+    axis.legend(fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(folder, "molecules.png"), dpi=130)
+
+
 def main(folder=".."):
     if Path("ladder.jsonl").exists():
         ladder(folder)
     if Path("map.jsonl").exists():
         world(folder)
+    if Path("molecules.jsonl").exists():
+        molecules(folder)
 
 
 if __name__ == "__main__":

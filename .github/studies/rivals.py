@@ -6,6 +6,8 @@ from common import *
 from copy import deepcopy
 
 BOOK = "rivals.jsonl"
+BEYOND = [(heat, min_p) for heat in (1.3, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+          for min_p in (0.0, 0.05, 0.1, 0.2)]  # decodings
 SCALE = 1.0  # of all numbers of steps and samples: smaller in the test
 
 
@@ -154,6 +156,8 @@ def rivals(mle, G, D, data, cfg):
     return {
         "gan": lambda: G,
         "d": lambda: D,
+        "mle, decodings beyond the grid": lambda: mle,
+        "gan, decodings beyond the grid": lambda: G,
         "mle, four times its steps": lambda: again(mle, data, cfg, data.train, 18_000),
         "one of 2 by D": lambda: Reranked(mle, D, 2),
         "one of 4 by D": lambda: Reranked(mle, D, 4),
@@ -169,11 +173,11 @@ def rivals(mle, G, D, data, cfg):
         "LSTM": lambda: larger(lambda V, T: LSTM(V, T, 1, 32), data, cfg, 15_000)}
 
 
-def by_kind(G, D, data, n=8000):
+def by_kind(G, D, data, decoding, n=8000):
     """For each kind of sentence: share of the samples and how many are right, of G and D"""
     rows = {}
     for name, model in (("gan", G), ("d", D)):
-        lines = lines_of(model.sample(n), data.symbols)
+        lines = lines_of(model.sample(n, *decoding), data.symbols)
         right = data.logp(lines) > -math.inf
         kinds = np.array([kind_of(line) for line in lines])
         rows[name] = {kind: [float(np.mean(kinds == kind)), float(right[kinds == kind].mean())]
@@ -195,8 +199,9 @@ def main(seeds, flags=(), out="out_{}", only=None, book=BOOK):
         G, D = deepcopy(mle), GPT(V, T, cfg.layers, cfg.d_width)
         phase("gan", [G, D], train_gan, data, cfg)  # of the finished run
         torch.manual_seed(seed)
-        if not book.has(rival="kinds", seed=seed):
-            book.write(rival="kinds", seed=seed, **by_kind(G, D, data))
+        for name, decoding in (("kinds", (1.0, 0.0)), ("kinds, cooled", (0.9, 0.005))):
+            if not book.has(rival=name, seed=seed):
+                book.write(rival=name, seed=seed, **by_kind(G, D, data, decoding))
         for name, make in rivals(mle, G, D, data, cfg).items():
             if book.has(rival=name, seed=seed) or only and name not in only:
                 continue
@@ -204,7 +209,9 @@ def main(seeds, flags=(), out="out_{}", only=None, book=BOOK):
             began = time.monotonic()
             model = make()
             seconds = time.monotonic() - began
-            book.write(rival=name, seed=seed, seconds=seconds, **flat(best(model, data, cfg)))
+            decodings = BEYOND if "beyond" in name else None
+            book.write(rival=name, seed=seed, seconds=seconds,
+                       **flat(best(model, data, cfg, decodings)))
 
 
 if __name__ == "__main__":

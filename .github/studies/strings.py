@@ -9,7 +9,8 @@ from rivals import Reranked
 
 from copy import deepcopy
 
-GRID = [(T, min_p) for T in (1.0, 0.9, 0.8) for min_p in (0.0, 0.05)]
+GRID = [(T, min_p) for T in (1.0, 0.9, 0.8, 0.7, 0.6) for min_p in (0.0, 0.05)]
+GRID += [(1.0, 0.1), (1.0, 0.2)]
 
 
 def write(name, model, data, cfg, n, grid=GRID):
@@ -31,7 +32,7 @@ def main(text, folder, seed, *flags, n=5000, grid=GRID):
     D = CNN(mle, cfg.d_width) if cfg.disc == "cnn" else GPT(V, T, cfg.layers, cfg.d_width)
     phase("gan", [gan, D], train_gan, data, cfg)
     write("gan", gan, data, cfg, n, grid)
-    write("reranked", Reranked(mle, D, 4), data, cfg, n, grid[:1])
+    write("reranked", Reranked(mle, D, 4), data, cfg, n, [d for d in grid if d[1] == 0][::2])
     if cfg.continued_steps:
         phase("continued", [continued], train_mle, data, cfg, cfg.continued_steps)
         write("continued", continued, data, cfg, n, grid)

@@ -19,8 +19,8 @@ with errors.  The game judges only what G samples: G stops saying what it gets w
     python gan_lm.py --data your.txt --level char   # your own text, one sequence per line
     python gan_lm.py --sample 9 --prompt "the dog"  # the same command, when it has finished
 
-Deleted from SeqGAN (Yu et al. 2017): Monte-Carlo rollouts, which complete a prefix many
-times to learn its worth; here D has a logit for each prefix.  Added: D knows q (section 4).
+Deleted from SeqGAN (Yu et al. 2017): rollouts, which complete a prefix to learn its worth;
+here D judges each prefix.  Added: -log q in D's logit, which holds G back (section 4).
 
 Shapes: B batch, T time, C channels, V vocabulary.  X.logp: log of X's probability, in nats.
 """
@@ -308,8 +308,8 @@ def discriminator_logits(s, logq):
 
     The best logit is log p/q (see discriminator_loss).  log q is known: it is G's own.  So
     all that D has to learn is s = log p, the language, which stays as it is while G moves.
-    Not told log q, D would have to learn p/q anew at every step of G.  Told it, its logit
-    falls by itself wherever G raises q: G cannot run away to where D has never looked.
+    And, what counts most (README), the logit falls wherever G raises q.  Without such an
+    anchor in its reward G runs away to where D has never looked.
 
     D is a GPT, whose s is its log-probability, or a CNN.  (D is told log q likewise in
     imitation learning: Finn et al. 2016, Fu et al. 2018.)  (B, T), (B, T) -> (B, T)"""

@@ -809,8 +809,9 @@ def test_every_study_imports(path, monkeypatch):
 def test_every_study_runs_in_miniature(tmp_path, monkeypatch, quick, capsys):
     monkeypatch.syspath_prepend(ROOT / ".github" / "studies")
     monkeypatch.chdir(tmp_path)
-    common, ladder, anchor, rivals, world, strings, speed, pictures = map(
-        importlib.import_module, "common ladder anchor rivals map strings speed pictures".split())
+    common, ladder, anchor, rivals, world, strings, cheap, speed, pictures = map(
+        importlib.import_module, ("common ladder anchor rivals map strings strings_rivals "
+                                  "speed pictures").split())
     monkeypatch.setattr(common, "DECODINGS", DECODINGS[:1])
     monkeypatch.setattr(rivals, "SCALE", 0.002)
     monkeypatch.setattr(speed, "LEAST", 0.001)
@@ -827,9 +828,11 @@ def test_every_study_runs_in_miniature(tmp_path, monkeypatch, quick, capsys):
     for sentences in world.TEXTS[:2]:
         world.cell(1, world.GENERATORS[0], sentences, common.Book(world.BOOK), small)
     strings.main(str(TEXT), "strings", "1", *FAST, n=8, grid=[(1.0, 0.0)])
+    cheap.main(str(TEXT), "strings", "1", *FAST, n=8, grid=[(1.0, 0.0)], steps=4)
     pictures.main(".")
     assert {path.name for path in Path("strings").glob("*.txt")} == {
-        f"{arm}_1.0_0.0.txt" for arm in ("mle", "gan", "continued", "reranked")}
+        f"{arm}_1.0_0.0.txt" for arm in ("mle", "gan", "continued", "reranked",
+                                     "truncated-0.1", "truncated-0.4", "window-plus-1")}
     assert len(Path("ladder.jsonl").read_text().splitlines()) == 1 + len(rungs)
     assert len(Path("anchor.jsonl").read_text().splitlines()) == 3
     assert all(Path(name).stat().st_size > 10_000 for name in ("ladder.png", "map.png"))

@@ -9,7 +9,6 @@ RUNGS = {  # rung -> what the picture calls it
     "f": "a transformer's number f(x)\nfor each prefix",
     "CNN": "SeqGAN's CNN\nfor the sentence",
     "mle": "NO GAME (likelihood)",
-    "f + log q_start - log q": "the transformer's number,\ntold log q",
     "untold, KL penalty 0.1": "SeqGAN's CNN, not told,\nand a KL penalty for G",
     "CNN + log q_start - log q": "SeqGAN's CNN,\ntold log q",
     "GPT": "a second GPT,\ntold log q (the default)"}
@@ -20,7 +19,7 @@ def rows(path, **key):
 
 
 def ladder(folder, book="ladder.jsonl", more="anchor.jsonl"):
-    figure = Figure(figsize=(6, 5.2), layout="constrained")
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
     axis = figure.subplots()
     for place, rung in enumerate(RUNGS):
         js = [row["js"] for row in rows(book, rung=rung)]

@@ -43,10 +43,14 @@ def world(folder, book="map.jsonl"):
     found = {}
     for row in rows(book):
         found.setdefault((row["cell"], row["sentences"]), []).append(row)
-    cells = list(dict.fromkeys(cell for cell, _ in found))
+    cells = sorted({cell for cell, _ in found}, key=lambda cell: (
+        cell[:4], cell.endswith(" 0"), cell))  # a window of 0 sees all: the last
     texts = sorted({n for _, n in found})
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
+    for cell, n in {(cell, n) for cell in cells for n in texts} - set(found):
+        axis.text(texts.index(n), cells.index(cell), "not run", ha="center", va="center",
+                  fontsize=11, color="0.5")
     for (cell, n), some in found.items():
         ratio = np.mean([row["ratio"] for row in some])
         played = any(row["played"] for row in some)
@@ -57,17 +61,18 @@ def world(folder, book="map.jsonl"):
         axis.text(x, y, f"{ratio:.2f}" if played else "nothing\nto teach", fontsize=13,
                   ha="center", va="center", color="white" if gray < 0.6 else "black")
     axis.set_xticks(range(len(texts)), [f"{n:,}" for n in texts], fontsize=12)
-    axis.set_yticks(range(len(cells)), [c.replace(" window 0", ", sees all").replace(
-        " window ", ", sees ") for c in cells], fontsize=12)
+    axis.set_yticks(range(len(cells)), [c.replace(" window 0", ", all").replace(
+        " window ", ", ") for c in cells], fontsize=12)
     axis.set_xlim(-0.5, len(texts) - 0.5)
     axis.set_ylim(len(cells) - 0.5, -0.5)
     axis.set_xlabel("sentences of training text", fontsize=12)
-    axis.set_ylabel("G: layers x channels, words it sees", fontsize=12)
+    axis.set_ylabel("G: layers x channels, a layer's window", fontsize=12)
     figure.savefig(Path(folder, "map.png"), dpi=130)
 
 
 ARMS = {"mle": ("o", "likelihood", "white"), "continued": ("s", "more likelihood", "0.75"),
-        "gan": ("^", "the game", "black"), "reranked": ("x", "one of four by D", "black")}
+        "gan": ("^", "the game", "black"), "reranked": ("x", "one of four by D", "black"),
+        "truncated-0.4": ("D", "likelihood, truncated loss", "0.5")}
 
 
 def molecules(folder, book="molecules.jsonl"):
@@ -80,6 +85,7 @@ def molecules(folder, book="molecules.jsonl"):
                      marker=marker, label=label, color=color, linewidths=1.2, **edge)
     axis.set_xlabel("share of valid formulas (right: better)", fontsize=12)
     axis.set_ylabel("distance from real ones, FCD (low: better)", fontsize=12)
+    axis.set_ylim(top=14)  # room for the legend
     axis.tick_params(labelsize=12)
     axis.legend(fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)

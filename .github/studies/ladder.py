@@ -50,6 +50,8 @@ def rungs(cfg, data, mle):
         return GPT(V, T, cfg.layers, width)
     return {
         "CNN": (lambda: Alone(mle, 96), 0, cfg, True, False),
+        "CNN, SeqGAN's reward": (
+            lambda: Alone(mle, 96), 0, replace(cfg, reward="prob"), True, False),
         "CNN + log q_start - log q": (lambda: CNN(mle, 96), 0, cfg, True, True),
         "GPT": (gpt, 0, cfg, True, True),
         "GPT, frozen after its head start": (gpt, 0, cfg, False, True),

@@ -308,8 +308,8 @@ def discriminator_logits(s, logq):
 
     The best logit is log p/q (see discriminator_loss).  log q is known: it is G's own.  So
     all that D has to learn is s = log p, the language, which stays as it is while G moves.
-    And, what counts most (README), the logit falls wherever G raises q.  Without such an
-    anchor in its reward G runs away to where D has never looked.
+    And, what counts most (README), the logit falls at once where G raises q above s.  With
+    no such anchor in its reward, G runs away to where D has never looked.
 
     D is a GPT, whose s is its log-probability, or a CNN.  (D is told log q likewise in
     imitation learning: Finn et al. 2016, Fu et al. 2018.)  (B, T), (B, T) -> (B, T)"""

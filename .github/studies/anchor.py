@@ -20,18 +20,15 @@ GAMES = {"untold, reward told": (False, True, 0.0, 0.0),
 CHOSEN = ["untold, reward told", "told, reward untold", "untold, KL penalty 0.1"]  # by 1, 2
 
 
-def logits_of(f, logq, logq_start, told):
-    """f (B, T), 0 but at the last token -> (B, T) logits of the prefixes"""
-    return (f + logq_start - logq).cumsum(1) if told else f.cumsum(1)
-
-
 def learn_d(D, adam, G, mle, fake, i, told, data, cfg):
     half = cfg.batch_size // 2
     for _ in range(cfg.d_steps):
         x = trim(torch.cat([batch(data.train, half), batch(fake, half)]))
-        logits = logits_of(D.logp(x), in_chunks(G.logp, x), in_chunks(mle.logp, x), told)
+        s = D.logp(x)  # f, at the last token
+        if told:
+            s = s + in_chunks(mle.logp, x) - in_chunks(G.logp, x)
         is_real = torch.arange(len(x)) < half
-        discriminator_loss(logits, is_real, is_last(x)).backward()
+        discriminator_loss(s.cumsum(1), is_real, is_last(x)).backward()
         update(D, adam, i, cfg.head_start + cfg.rounds, cfg.d_lr)
 
 
@@ -50,8 +47,8 @@ def play(G, D, adam_d, mle, data, cfg, loss_told, reward_told, kl, entropy):
         fake = fake[token_mask(fake).sum(1).argsort()]
         learn_d(D, adam_d, G, mle, fake, cfg.head_start + i, loss_told, data, cfg)
         f, logq, logq_start = (in_chunks(model.logp, fake) for model in (D, G, mle))
-        mask = token_mask(fake)
-        rewards = token_rewards(logits_of(f, logq, logq_start, reward_told), mask, cfg.reward)
+        s, mask = f + logq_start - logq if reward_told else f, token_mask(fake)
+        rewards = token_rewards(s.cumsum(1), mask, cfg.reward)
         A = advantages(rewards + kl * (logq_start - logq) - entropy * logq, mask, cfg.lam)
         for part, a in zip(fake.split(ROWS), A.split(ROWS)):
             part = trim(part)
@@ -76,11 +73,8 @@ def main(seeds, flags=(), only=None, out="out_{}", book=BOOK):
             torch.manual_seed(zlib.crc32(f"gan {seed}".encode()))
             play(G, D, adam, mle, data, cfg, loss_told, *anchors)
             seconds = time.monotonic() - began
-            x = G.sample(1000)
-            book.write(game=name, seed=seed, seconds=seconds, **flat(best(G, data, cfg)),
-                       tokens=token_mask(x).sum(1).mean().item(),
-                       entropy=-in_chunks(G.logp, x).sum(1).mean().item(),
-                       samples=[data.mark(line) for line in lines_of(x[:4], data.symbols)])
+            book.write(game=name, seed=seed, seconds=seconds, **look(G, data),
+                       **flat(best(G, data, cfg)))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ def best(model, data, cfg, decodings=None):
     return {"plain": plain, "best": measure(model, choice, 1, data, cfg)[0]}
 
 
+def look(G, data):
+    """What G samples: tokens and entropy (nats) per sentence, and four of them"""
+    x = G.sample(1000)
+    return {"tokens": token_mask(x).sum(1).mean().item(),
+            "entropy": -in_chunks(G.logp, x).sum(1).mean().item(),
+            "samples": [data.mark(line) for line in lines_of(x[:4], data.symbols)]}
+
+
 class Book:
     """Rows of figures in a .jsonl file."""
 

@@ -103,16 +103,13 @@ def main(seeds, flags=(), only=None, out="out_{}", book=BOOK):
             curves = play(G, D, learns, data, how, d_mle_steps)["curves"]
             seconds = time.monotonic() - began
             gan_lm.discriminator_logits = told
-            x = G.sample(1000)
-            row = {"entropy": -in_chunks(G.logp, x).sum(1).mean().item()}  # nats per sentence
-            row |= flat(best(G, data, cfg))
+            row = look(G, data) | flat(best(G, data, cfg))
             if isinstance(D, GPT):
                 d = measure(D, (1.0, 0.0), 1, data, cfg)[0]
                 row |= {"d_js": d["score"], "d_valid": d["valid"]}
             if curves:
                 row |= {"tokens": curves[-1]["tokens"], "d_loss": curves[-1]["d_loss"]}
-            book.write(rung=name, seed=seed, seconds=seconds, **row,
-                       samples=[data.mark(line) for line in lines_of(x[:4], data.symbols)])
+            book.write(rung=name, seed=seed, seconds=seconds, **row)
 
 
 if __name__ == "__main__":

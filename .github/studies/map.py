@@ -13,8 +13,12 @@ TEXTS = [4_000, 16_000, 160_000]
 STEPS = {4_000: 1500, 16_000: 3000, 160_000: 6000}
 
 
+def name_of(generator):
+    return "{}x{} window {}".format(*generator)
+
+
 def cell(seed, generator, sentences, book, flags=()):
-    name = "{}x{} window {}".format(*generator)
+    name = name_of(generator)
     if book.has(cell=name, sentences=sentences, seed=seed):
         return
     shape = [x for flag, value in zip(("--layers", "--width", "--window"), generator)

@@ -1,6 +1,7 @@
 """ladder.png, map.png and molecules.png from the rows (.jsonl) where it is run:
 `cd .github/studies; python pictures.py ..`"""
 from common import *
+from map import GENERATORS, name_of
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -43,8 +44,8 @@ def world(folder, book="map.jsonl"):
     found = {}
     for row in rows(book):
         found.setdefault((row["cell"], row["sentences"]), []).append(row)
-    cells = sorted({cell for cell, _ in found}, key=lambda cell: (
-        cell[:4], cell.endswith(" 0"), cell))  # a window of 0 sees all: the last
+    seen = {cell for cell, _ in found}
+    cells = [name for name in map(name_of, GENERATORS) if name in seen]
     texts = sorted({n for _, n in found})
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()

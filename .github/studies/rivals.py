@@ -157,7 +157,6 @@ def rivals(mle, G, D, data, cfg):
         "gan": lambda: G,
         "d": lambda: D,
         "mle, decodings beyond the grid": lambda: mle,
-        "gan, decodings beyond the grid": lambda: G,
         "mle, four times its steps": lambda: again(mle, data, cfg, data.train, 18_000),
         "one of 2 by D": lambda: Reranked(mle, D, 2),
         "one of 4 by D": lambda: Reranked(mle, D, 4),
@@ -198,12 +197,15 @@ def main(seeds, flags=(), out="out_{}", only=None, book=BOOK):
         V, T = len(data.symbols), data.context
         G, D = deepcopy(mle), GPT(V, T, cfg.layers, cfg.d_width)
         phase("gan", [G, D], train_gan, data, cfg)  # of the finished run
+
+        def due(name):
+            return not book.has(rival=name, seed=seed) and (not only or name in only)
         torch.manual_seed(seed)
         for name, decoding in (("kinds", (1.0, 0.0)), ("kinds, cooled", (0.9, 0.005))):
-            if not book.has(rival=name, seed=seed):
+            if due(name):
                 book.write(rival=name, seed=seed, **by_kind(G, D, data, decoding))
         for name, make in rivals(mle, G, D, data, cfg).items():
-            if book.has(rival=name, seed=seed) or only and name not in only:
+            if not due(name):
                 continue
             torch.manual_seed(zlib.crc32(f"{name} {seed}".encode()))
             began = time.monotonic()

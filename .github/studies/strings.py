@@ -32,7 +32,8 @@ def main(text, folder, seed, *flags, n=5000, grid=GRID):
     D = CNN(mle, cfg.d_width) if cfg.disc == "cnn" else GPT(V, T, cfg.layers, cfg.d_width)
     phase("gan", [gan, D], train_gan, data, cfg)
     write("gan", gan, data, cfg, n, grid)
-    write("reranked", Reranked(mle, D, 4), data, cfg, n, [d for d in grid if d[1] == 0][::2])
+    temperatures = [d for d in grid if d[1] == 0]
+    write("reranked", Reranked(mle, D, 4), data, cfg, n, temperatures[::2])  # it is slow
     if cfg.continued_steps:
         phase("continued", [continued], train_mle, data, cfg, cfg.continued_steps)
         write("continued", continued, data, cfg, n, grid)

@@ -823,7 +823,8 @@ def test_every_study_runs_in_miniature(tmp_path, monkeypatch, quick, capsys):
     anchor.main([1], small, only=["untold, reward told", "told, reward untold",
                                   "untold, KL penalty 0.1"])
     rivals.main([1], small, only=["kinds", "kinds, cooled", "one of 2 by D",
-                                  "own samples chosen by D, three times", "text with the game's kinds", "loss truncation 0.1",
+                                  "own samples chosen by D, three times",
+                                  "text with the game's kinds", "loss truncation 0.1",
                                   "on-policy distillation from D", "LSTM"])
     for sentences in world.TEXTS:
         world.cell(1, world.GENERATORS[0], sentences, common.Book(world.BOOK), small)
